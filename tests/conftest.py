@@ -1,0 +1,64 @@
+"""Fixtures shared by all tests: no network, images drawn on the spot, real data where it is at hand."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real image sets; only development machines have it."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("the real image sets are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_weights() -> Path:
+    """File with real ImageNet weights of mobilenet_v2; only development machines have it."""
+    file = SHARED / "weights" / "mobilenet_v2_imagenet.safetensors"
+    if not file.is_file():
+        pytest.skip("the real ImageNet weights are not on this machine")
+    return file
+
+
+def draw_image(class_index: int, number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """Draws a picture whose class shows in its colour: a noisy field with one bright channel. Size is (width, height)."""
+    random = np.random.default_rng(1000 * class_index + number)
+    pixels = random.integers(0, 120, size=(size[1], size[0], 3), dtype=np.uint8)
+    pixels[..., class_index % 3] += 100
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def make_image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Returns a function that writes `root/[split/]class/NNN.png` and gives back the root."""
+
+    def make(
+        classes: tuple[str, ...] = ("ant", "bee", "cat"),
+        per_class: int = 6,
+        splits: tuple[str, ...] = (),
+        name: str = "photos",
+        size: tuple[int, int] = (48, 40),
+    ) -> Path:
+        root = tmp_path / name
+        for split_number, split in enumerate(splits or ("",)):
+            for index, label in enumerate(classes):
+                folder = root / split / label
+                folder.mkdir(parents=True)
+                for number in range(per_class):
+                    draw_image(index, 100 * split_number + number, size).save(folder / f"{number:03d}.png")
+        return root
+
+    return make
