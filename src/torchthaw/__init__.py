@@ -5,6 +5,7 @@ Names are resolved on first use, so that the command line answers `--help` witho
 """
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def __dir__() -> list[str]:
 
 def _started_as_command() -> bool:
     arguments = sys.orig_argv[1:]
-    as_module = any(pair == ("-m", "torchthaw") for pair in zip(arguments, arguments[1:], strict=False))
+    as_module = any(pair == ("-m", "torchthaw") for pair in itertools.pairwise(arguments))
     return as_module or Path(sys.argv[0] if sys.argv else "").stem == "torchthaw"
 
 

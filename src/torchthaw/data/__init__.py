@@ -1,1 +1,1 @@
-
+"""Data sets in, tensors out: loading, checking, splitting and augmented views of images."""

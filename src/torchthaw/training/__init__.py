@@ -1,1 +1,1 @@
-
+"""Staged training in the Hugging Face Trainer: arguments, trainer, records of stages."""

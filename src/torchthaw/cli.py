@@ -1,0 +1,165 @@
+"""The command line: thin commands over the package; nothing heavy is imported before a command needs it."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from torchthaw._version import __version__
+from torchthaw.errors import ThawError
+
+app = typer.Typer(
+    name="torchthaw",
+    help="Fine-tune torchvision's pretrained image classifiers, stage by stage.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", "-d", help="Folder of images, parquet file, or builtin:digits.")
+]
+
+
+def main() -> None:
+    """Runs the command line; mistakes of the user end with one message and exit code 2."""
+    try:
+        app()
+    except ThawError as error:
+        print(f"torchthaw: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"torchthaw: no space left on the disk while writing {error.filename or 'the output'}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: `torchthaw train staged --data photos --backbone resnet50 --output run1`")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with torchthaw.")],
+    data: DataOption = None,
+    backbone: Annotated[str | None, typer.Option("--backbone", "-b", help="Name of a torchvision model.")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", "-w", help="Name of torchvision's weights, a file, or a folder.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any key of the recipe, as key.sub=value; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a model by a recipe, evaluate it and save it."""
+    from torchthaw.recipe import load_recipe, parse_override
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    given = {"data.path": data, "backbone": backbone, "weights": weights, "output": output}
+    overrides.update({key: value for key, value in given.items() if value is not None})
+    if data is not None:
+        overrides["data.name"] = None
+    checked = load_recipe(recipe, overrides)
+    if checked.output is None:
+        checked = checked.model_copy(update={"output": f"thaw-{Path(recipe).stem}"})
+
+    from torchthaw.console import Reporter
+    from torchthaw.run import run_recipe
+
+    results = run_recipe(checked, Reporter(quiet=quiet))
+    if as_json:
+        _print_json(results)
+
+
+@app.command(epilog="Example: `torchthaw evaluate thaw-staged --data photos --split validation`")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder or Hub repository that torchthaw saved.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Folder of images, parquet file, or Hub data set.")],
+    split: Annotated[str, typer.Option("--split", "-s", help="train, validation or test.")] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a saved model on labelled images."""
+    from torchthaw.console import Reporter
+    from torchthaw.use import evaluate_saved
+
+    reporter = Reporter(quiet=quiet)
+    figures = evaluate_saved(model, data, split, batch_size=batch_size, reporter=reporter)
+    if as_json:
+        _print_json(figures)
+        return
+    low, high = figures["accuracy_interval"]
+    print(f"images        {figures['num_images']}")
+    print(f"accuracy      {figures['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    for name in ("macro_f1", "balanced_accuracy", "loss", "ece"):
+        print(f"{name.replace('_', ' '):<18}{figures[name]:.4f}")
+
+
+@app.command(epilog="Example: `torchthaw predict thaw-staged photos/new cat.jpg --json`")
+def predict(
+    model: Annotated[str, typer.Argument(help="A folder or Hub repository that torchthaw saved.")],
+    paths: Annotated[list[str], typer.Argument(help="Images, and folders of images.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Label images."""
+    from torchthaw.console import Reporter
+    from torchthaw.use import predict_paths
+
+    reporter = Reporter(quiet=quiet)
+    predictions = predict_paths(model, paths, batch_size=batch_size, reporter=reporter)
+    if as_json:
+        _print_json(predictions)
+        return
+    for line in predictions:
+        print(f"{line['score']:.4f}  {_printable(line['predicted'])}  {_printable(line['path'])}")
+
+
+@app.command(epilog="Example: `torchthaw backbones resnet50`")
+def backbones(
+    name: Annotated[str | None, typer.Argument(help="A backbone whose layer groups to show.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the backbones, or the layer groups of one."""
+    from torchthaw.use import backbone_table, layer_group_table
+
+    rows = backbone_table() if name is None else layer_group_table(name)
+    if as_json:
+        _print_json(rows)
+        return
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+        print("  ".join(f"{'' if row[key] is None else row[key]!s:<{_width(rows, key)}}" for key in rows[0]).rstrip())
+
+
+def _width(rows: list[dict[str, Any]], key: str) -> int:
+    return max(len(key), *(len(str(row[key])) for row in rows))
+
+
+def _printable(text: str) -> str:
+    """Keeps control characters of file and class names from reaching the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2))

@@ -1,0 +1,122 @@
+"""Finds the image column and the label column of a table."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from datasets import ClassLabel, Features, Image, Value
+
+from torchthaw.errors import DataError, did_you_mean
+
+_LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label")
+# Names of files, kept beside the image; never a label unless the user says so.
+_FILE_NAMES = ("path", "file_name")
+
+
+def find_columns(
+    features: Features, *, image_column: str | None, label_column: str | None, where: str
+) -> tuple[str, str]:
+    """Finds the image and label columns of a table, or checks those that the user named.
+
+    Args:
+        features: Columns and types.
+        image_column: The user's choice, if any.
+        label_column: The user's choice, if any.
+        where: What messages call the table.
+
+    Returns:
+        Name of the image column, name of the label column.
+
+    Raises:
+        DataError: A column is missing, of a type that cannot work, or more than one could be meant.
+    """
+    image = _choose_image_column(features, image_column, where)
+    others = [column for column in features if column != image]
+    eligible = [column for column in others if column not in _FILE_NAMES and _type_problem(features[column]) is None]
+    label = choose_label_column(others, eligible=eligible, given=label_column, where=where)
+    problem = _type_problem(features[label])
+    if problem:
+        raise DataError(f"The label column {label!r} of {where} {problem}.")
+    return image, label
+
+
+def choose_label_column(columns: Sequence[str], *, eligible: Collection[str], given: str | None, where: str) -> str:
+    """Chooses the label column: the user's, else one with a usual name, else the only one that could be it.
+
+    Args:
+        columns: All columns besides the image.
+        eligible: Those whose type would do.
+        given: The user's choice, if any.
+        where: What messages call the table.
+
+    Raises:
+        DataError: The user's choice is missing, or none or several columns could be meant.
+    """
+    listed = ", ".join(map(repr, columns)) or "none"
+    if given is not None:
+        if not isinstance(given, str):
+            raise DataError(f"label_column={given!r} does not work: one column of labels, given by name, is needed.")
+        if given not in columns:
+            raise DataError(
+                f"{where} has no column {given!r} for labels; its other columns are: {listed}."
+                f"{did_you_mean(given, columns)}"
+            )
+        return given
+    usual = next((name for name in _LABEL_NAMES if name in columns), None)
+    if usual:
+        return usual
+    if len(eligible) == 1:
+        return next(iter(eligible))
+    if not eligible:
+        raise DataError(
+            f"{where} has no column of labels (text, whole numbers or ClassLabel); its other columns are: {listed}."
+        )
+    raise DataError(
+        f"{where} has several columns that could be the label: {', '.join(map(repr, eligible))}. Pass "
+        f"label_column={next(iter(eligible))!r} or another; labels spread over several columns are not supported."
+    )
+
+
+def _choose_image_column(features: Features, given: str | None, where: str) -> str:
+    listed = ", ".join(map(repr, features))
+    if given is not None:
+        if given not in features:
+            raise DataError(
+                f"{where} has no column {given!r} for images; its columns are: {listed}.{did_you_mean(given, features)}"
+            )
+        if not _holds_images(features[given]):
+            raise DataError(f"The column {given!r} of {where} has no images; its type is {features[given]}.")
+        return given
+    found = [column for column, feature in features.items() if _holds_images(feature)]
+    if not found:
+        raise DataError(
+            f"{where} has no column of images; its columns are: {listed}. Cast one first: "
+            "`dataset.cast_column(NAME, datasets.Image())`."
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"{where} has several columns of images: {', '.join(map(repr, found))}. "
+            f"Pass image_column={found[0]!r} or another."
+        )
+    return found[0]
+
+
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return {"bytes", "path"} <= set(feature)
+    return isinstance(feature, Image) or (isinstance(feature, Value) and "binary" in feature.dtype)
+
+
+def _type_problem(feature: Any) -> str | None:
+    """Says why a column cannot be the label; `None` if it can."""
+    if isinstance(feature, ClassLabel):
+        return None
+    if not isinstance(feature, Value):
+        return f"holds several values per image ({feature}); multi-label data is not supported"
+    if feature.dtype in ("string", "large_string", "string_view", "bool") or "int" in feature.dtype:
+        return None
+    if feature.dtype == "null":
+        return "is empty: no image has a label"
+    return (
+        f"has the type {feature.dtype}; labels are text or whole numbers. If the numbers are classes, convert them: "
+        "`dataset.cast_column(NAME, datasets.Value('int64'))`"
+    )

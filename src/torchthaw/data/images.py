@@ -1,0 +1,214 @@
+"""One way from a file, bytes or a picture to RGB pixels, and the check that every image of a data set takes it."""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+
+from torchthaw.backbones.image_processing import to_rgb
+from torchthaw.errors import DataError
+
+# Pillow hands EPS to Ghostscript, which would execute the file; the others are documents and data, not pictures.
+_REFUSED_FORMATS = frozenset({"EPS", "WMF", "PDF", "MPEG", "HDF5", "GRIB", "BUFR"})
+_LISTED = 50
+_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be decoded.
+
+    Attributes:
+        path: Its `path` in the data set.
+        reason: Why, in words: "is empty (0 bytes)", "is truncated or damaged (...)", ...
+    """
+
+    path: str
+    reason: str
+
+
+class _UnusableImageError(Exception):
+    """Carries the reason alone; the callers know the name."""
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Returns the file extensions (lower case, with the dot) of the picture formats that Pillow can open."""
+    registered = Image.registered_extensions()
+    return frozenset(
+        extension for extension, kind in registered.items() if kind in Image.OPEN and kind not in _REFUSED_FORMATS
+    )
+
+
+def decode_image(value: object, *, name: str | None = None) -> Image.Image:
+    """Decodes an image to RGB with all pixels loaded: EXIF orientation applied, first frame of an animation.
+
+    This is the only decoder of the package, so training, evaluation and inference see the same pixels.
+
+    Args:
+        value: What an `Image(decode=False)` column holds (`{"bytes": ..., "path": ...}`), a path, bytes, or a picture.
+        name: What errors call the image; its path by default.
+
+    Returns:
+        The picture in mode RGB.
+
+    Raises:
+        DataError: The image is missing, empty, not an image, truncated, or has more than `PIL.Image.MAX_IMAGE_PIXELS`
+            pixels (89,478,485 unless the program sets another limit, `None` for none).
+    """
+    try:
+        return _decode(value)
+    except _UnusableImageError as error:
+        raise DataError(f"Cannot use image {name or _name_of(value)!r}: it {error}.") from error
+
+
+def check_images(
+    dataset: Dataset,
+    *,
+    on_bad: Literal["fail", "drop"] = "fail",
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> tuple[Dataset, list[BadImage]]:
+    """Decodes every image once and fails on, or leaves out, the ones that cannot be decoded.
+
+    Args:
+        dataset: A split with the columns `image`, `label` and `path`.
+        on_bad: "fail" raises one error that lists the bad images; "drop" returns the data set without them.
+        num_threads: Decoding threads; the number of CPU cores by default.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The data set (itself, where nothing is dropped) and the bad images in row order.
+
+    Raises:
+        DataError: An image is bad and `on_bad` is "fail", or dropping would leave a class without images.
+    """
+    if on_bad not in ("fail", "drop"):
+        raise DataError(f"on_bad={on_bad!r} is unknown; write 'fail' or 'drop'.")
+    reasons: dict[int, BadImage] = {}
+    starts = range(0, len(dataset), _CHUNK)
+    console = Console(stderr=True)
+    with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
+        checked = pool.map(lambda start: list(_check_rows(dataset, start)), starts)
+        try:
+            for found in track(checked, "Checking images", len(starts), console=console, disable=not progress):
+                reasons.update(found)
+        except BaseException:
+            # Without this, an interrupt would wait until every image is decoded.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    bad = list(reasons.values())
+    if not bad:
+        return dataset, []
+    if on_bad == "fail":
+        raise DataError(_report(bad, len(dataset)))
+    kept = dataset.select([row for row in range(len(dataset)) if row not in reasons])
+    _refuse_emptied_classes(dataset, kept)
+    return kept, bad
+
+
+def _decode(value: object) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return _loaded(value)
+    data, path = _bytes_and_path(value)
+    try:
+        if data is None:
+            if path is None:
+                raise _UnusableImageError("is missing: neither bytes nor a path are given")
+            data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise _UnusableImageError("does not exist") from error
+    except OSError as error:
+        raise _UnusableImageError(f"cannot be read ({error.strerror or error})") from error
+    if not data:
+        raise _UnusableImageError("is empty (0 bytes)")
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise _UnusableImageError("is not an image that Pillow can read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _UnusableImageError(f"has too many pixels to be opened safely ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _UnusableImageError(f"is truncated or damaged ({type(error).__name__}: {error})") from error
+    with picture:
+        return _loaded(picture)
+
+
+def _loaded(picture: Image.Image) -> Image.Image:
+    if picture.format in _REFUSED_FORMATS:
+        raise _UnusableImageError(f"is a {picture.format} file, not a picture")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and picture.width * picture.height > limit:
+        raise _UnusableImageError(
+            f"has {picture.width} x {picture.height} pixels, more than the {limit:,} that are opened safely; "
+            "save it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    # Damaged files make the decoders of Pillow raise nearly any exception; none of them is ours.
+    try:
+        rgb = to_rgb(picture)
+        rgb.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _UnusableImageError(f"has too many pixels to be opened safely ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _UnusableImageError(f"is truncated or damaged ({type(error).__name__}: {error})") from error
+    return rgb
+
+
+def _bytes_and_path(value: object) -> tuple[bytes | None, str | None]:
+    if isinstance(value, Mapping):
+        path = value.get("path")
+        return value.get("bytes"), None if path is None else str(path)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value), None
+    if isinstance(value, str | os.PathLike):
+        return None, os.fspath(value)
+    if value is None:
+        return None, None
+    raise _UnusableImageError(f"is a {type(value).__name__}, not a path, bytes, a picture or a dict of bytes and path")
+
+
+def _name_of(value: object) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("path") or "<bytes>")
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    return str(getattr(value, "filename", None) or f"<{type(value).__name__}>")
+
+
+def _check_rows(dataset: Dataset, start: int) -> Iterator[tuple[int, BadImage]]:
+    rows = dataset[start : start + _CHUNK]
+    for offset, (value, path) in enumerate(zip(rows["image"], rows["path"], strict=True)):
+        try:
+            _decode(value)
+        except _UnusableImageError as error:
+            yield start + offset, BadImage(path, str(error))
+
+
+def _report(bad: list[BadImage], total: int) -> str:
+    lines = [f"{len(bad)} of {total} images cannot be used:"]
+    lines += [f"  {image.path!r}: {image.reason}" for image in bad[:_LISTED]]
+    if len(bad) > _LISTED:
+        lines.append(f"  ... and {len(bad) - _LISTED} more")
+    lines.append("Mend or remove them, or leave them out by writing `data: {on_bad_image: drop}` in the recipe.")
+    return "\n".join(lines)
+
+
+def _refuse_emptied_classes(before: Dataset, after: Dataset) -> None:
+    names = before.features["label"].names
+    emptied = sorted(set(before.select_columns("label")[:]["label"]) - set(after.select_columns("label")[:]["label"]))
+    if emptied:
+        classes = ", ".join(repr(names[label]) for label in emptied)
+        raise DataError(f"No image is left in {classes} after dropping those that cannot be decoded; mend the files.")

@@ -1,0 +1,52 @@
+"""Logits of a model on images: the one path by which saved models are evaluated and used."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from torchthaw.data.views import ImageView, collate
+
+
+def best_device() -> torch.device:
+    """Returns CUDA or MPS where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module,
+    view: ImageView,
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Computes the logits of every image of an evaluation view, in order.
+
+    Args:
+        model: A classification model; it is used where it is, in eval mode, and left in the mode it came in.
+        view: Images without augmentation.
+        batch_size: Images at once.
+        num_workers: Processes that decode images besides the main one.
+        on_progress: Called with the number of images done after each batch.
+
+    Returns:
+        Float32 array of shape (images, classes).
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits: list[torch.Tensor] = []
+    done = 0
+    for batch in DataLoader(view, batch_size=batch_size, num_workers=num_workers, collate_fn=collate):
+        logits.append(model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu())
+        done += len(logits[-1])
+        if on_progress is not None:
+            on_progress(done)
+    model.train(was_training)
+    return torch.cat(logits).numpy()

@@ -1,0 +1,246 @@
+"""Recipes: YAML files that say what to train on what; read safely, checked completely, written back resolved.
+
+Importing this module does not import torch, so that a mistake in a recipe is reported at once.
+"""
+
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from torchthaw.data.augmentation import make_augmentation
+from torchthaw.errors import RecipeError, did_you_mean
+from torchthaw.stages.plan import StagePlan
+from torchthaw.stages.presets import make_plan
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(_Section):
+    """Where the images come from and how they are split.
+
+    Attributes:
+        path: A folder of images, a parquet file or folder, or `builtin:digits` (scikit-learn's handwritten digits).
+        name: A data set on the Hub, `user/name`, instead of `path`.
+        config: The Hub data set's configuration.
+        revision: The Hub data set's revision: a commit, branch or tag.
+        image_column: Column of images; None finds it.
+        label_column: Column of labels; None finds it.
+        validation: Share (below 1) or number of training images to cut off for validation where the data has none.
+        test: Likewise for a test split; 0 makes none.
+        on_bad_image: `fail` lists unreadable images and stops; `drop` lists them and goes on without.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    validation: float | int = 0.15
+    test: float | int = 0.0
+    on_bad_image: Literal["fail", "drop"] = "fail"
+
+
+class Recipe(_Section):
+    """A run of `torchthaw train`.
+
+    Attributes:
+        backbone: Name of a torchvision classifier.
+        weights: `DEFAULT` or another name of torchvision's weights, a file, a saved folder or Hub repository,
+            `builtin`, or null for random weights.
+        data: The images.
+        plan: `head`, `partial`, `two_phase`, `staged` or `full`; not together with `stages`.
+        epochs: Length of the plan, shared out over its stages; None takes 7.
+        stages: Explicit stages instead of `plan`.
+        learning_rate: Rate of a new head; rates that the plan leaves open move in proportion. None takes the default
+            of the backbone's family, as do the next two.
+        weight_decay: Decoupled weight decay of weights.
+        augmentation: `none`, `light`, `medium`, `strong`, or its fields.
+        image_size: Side of the square input, in pixels; None takes that of the weights.
+        batch_size: Images per step and device.
+        metric: What chooses the best weights: `accuracy`, `macro_f1`, or `auto`, which takes macro F1 when the largest
+            class has at least twice the images of the smallest.
+        optimizer: Any `optim` of transformers.
+        max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
+        label_smoothing: Share of each label spread over all classes.
+        dropout: Dropout before the head, where the architecture has it; None keeps torchvision's.
+        stochastic_depth: Likewise.
+        num_workers: Processes that decode images besides the main one.
+        seed: Seed of everything random.
+        output: Folder of the results.
+    """
+
+    backbone: str
+    weights: str | None = "DEFAULT"
+    data: DataRecipe = DataRecipe()
+    plan: str | None = None
+    epochs: int | None = Field(default=None, ge=1)
+    stages: tuple[dict[str, Any], ...] | None = None
+    learning_rate: float | None = Field(default=None, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    augmentation: str | dict[str, Any] | None = None
+    image_size: int | None = Field(default=None, ge=16)
+    batch_size: int = Field(default=32, ge=1)
+    metric: Literal["auto", "accuracy", "macro_f1"] = "auto"
+    optimizer: str = "adamw_torch"
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    stochastic_depth: float | None = Field(default=None, ge=0, lt=1)
+    num_workers: int = Field(default=2, ge=0)
+    seed: int = Field(default=0, ge=0)
+    output: str | None = None
+
+    def stage_plan(self) -> StagePlan:
+        """Returns the plan, with the rates that the backbone's family gives still open."""
+        return make_plan(self.plan or "staged" if self.stages is None else {"stages": self.stages}, epochs=self.epochs)
+
+    def to_yaml(self) -> str:
+        """Returns the complete recipe, from which the run can be repeated."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Returns the recipes that come with torchthaw: name -> file."""
+    # A checkout that is installed in place has them at its top, an installed wheel inside the package.
+    installed = Path(str(resources.files("torchthaw"))) / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Returns the file of a recipe: a path, or the name of one that comes with torchthaw.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    file = Path(name)
+    if file.is_file():
+        return file
+    packaged = packaged_recipes()
+    if name in packaged:
+        return packaged[name]
+    if file.is_dir():
+        raise RecipeError(
+            f"{name} is a folder; a recipe is a YAML file. To train on it, write: train staged --data {name}"
+        )
+    nearby = [sibling.name for sibling in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+    raise RecipeError(
+        f"there is no recipe {name!r}: no such file, and no recipe of that name comes with torchthaw."
+        f"{did_you_mean(file.name, [*packaged, *nearby])} torchthaw brings {', '.join(packaged)}."
+    )
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        source: A file, the name of a packaged recipe, or the recipe as plain data.
+        overrides: Values that replace the recipe's, by dotted key: `{"data.path": "photos"}`.
+
+    Raises:
+        RecipeError: the file is missing or no YAML mapping, a key is unknown, or a value does not fit.
+        PlanError: the plan or a stage does not fit.
+    """
+    where = "the recipe"
+    if isinstance(source, Mapping):
+        data = dict(source)
+    else:
+        file = find_recipe(str(source))
+        where = str(file)
+        data = _read_yaml(file)
+    for key, value in (overrides or {}).items():
+        _set(data, key, value)
+    recipe = _validate(data, where)
+    _check_consistency(recipe, where)
+    return recipe
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Splits `key.sub=value`; the value is read as YAML, so that `0.1`, `null` and `[a, b]` are what they look like.
+
+    Raises:
+        RecipeError: there is no `=`, or the value is no YAML.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set {text!r} is not of the form key=value; write, for example, --set data.validation=0.2")
+    try:
+        return key.strip(), yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text!r}: the value is not valid YAML ({error}); put it in quotes") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loading in which `1e-3` is a number, as in YAML 1.2; YAML 1.1 wants a dot in it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{file} holds no mapping of keys to values; start with a line such as backbone: resnet50")
+    return data
+
+
+def _set(data: dict[str, Any], dotted_key: str, value: Any) -> None:
+    *parents, last = dotted_key.split(".")
+    section = data
+    for parent in parents:
+        current = section.get(parent)
+        if current is not None and not isinstance(current, dict):
+            raise RecipeError(f"--set {dotted_key}: {parent} is no section of the recipe but {current!r}")
+        section[parent] = dict(current or {})
+        section = section[parent]
+    section[last] = value
+
+
+def _validate(data: Mapping[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        messages = [_explain(problem) for problem in error.errors()]
+        raise RecipeError(f"{where} does not fit:\n" + "\n".join(f"  - {message}" for message in messages)) from error
+
+
+def _explain(problem: Any) -> str:
+    location = [part for part in problem["loc"] if not str(part).startswith(("function", "tagged", "dict["))]
+    key = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] = DataRecipe if len(location) > 1 else Recipe
+        known = list(section.model_fields)
+        return f"unknown key {key!r}.{did_you_mean(location[-1], known)} Known keys: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"{key} is missing; write, for example, {key}: resnet50"
+    return f"{key} is {problem['input']!r}: {problem['msg']}"
+
+
+def _check_consistency(recipe: Recipe, where: str) -> None:
+    if recipe.plan is not None and recipe.stages is not None:
+        raise RecipeError(f"{where} has both plan and stages; keep one: plan names a preset, stages spell it out")
+    if recipe.data.path is not None and recipe.data.name is not None:
+        raise RecipeError(f"{where} has both data.path and data.name; keep one: a folder or file, or a Hub data set")
+    for key, share in (("validation", recipe.data.validation), ("test", recipe.data.test)):
+        if share < 0 or (isinstance(share, float) and share >= 1):
+            raise RecipeError(
+                f"data.{key} is {share!r}; write a share below 1 such as 0.15, or a whole number of images"
+            )
+    if recipe.data.path is None and recipe.data.name is None:
+        raise RecipeError(f"{where} names no data; pass --data FOLDER, or write data: {{path: FOLDER}}")
+    recipe.stage_plan()
+    if recipe.augmentation is not None:
+        make_augmentation(recipe.augmentation)

@@ -1,0 +1,341 @@
+"""`torchthaw train`: from a recipe to the output folder."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, DatasetDict
+
+from torchthaw._version import __version__
+from torchthaw.backbones.image_processing import TorchvisionImageProcessor
+from torchthaw.backbones.modeling import TorchvisionForImageClassification
+from torchthaw.backbones.registration import register_auto_classes
+from torchthaw.console import Bar, Reporter
+from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
+from torchthaw.data.images import BadImage, check_images
+from torchthaw.data.loading import load_image_dataset
+from torchthaw.data.splitting import split_dataset
+from torchthaw.data.views import ImageView
+from torchthaw.errors import DataError, RecipeError
+from torchthaw.evaluation.files import replacing
+from torchthaw.evaluation.inference import predict_logits
+from torchthaw.evaluation.metrics import classification_metrics
+from torchthaw.evaluation.plots import plot_confusion_matrix, plot_curves, plot_learning_rates, plot_reliability
+from torchthaw.evaluation.predictions import write_predictions
+from torchthaw.recipe import DataRecipe, Recipe
+from torchthaw.stages.plan import StagePlan
+from torchthaw.training.arguments import ThawTrainingArguments
+from torchthaw.training.callbacks import ProgressCallback
+from torchthaw.training.trainer import ThawTrainer
+
+IMBALANCE_FOR_MACRO_F1 = 2.0
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Splits ready for training, and what was left out."""
+
+    splits: DatasetDict
+    class_names: list[str]
+    bad_images: list[BadImage]
+
+
+def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+    """Trains, evaluates and saves what a recipe asks for.
+
+    Args:
+        recipe: The recipe.
+        reporter: Where messages go.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ThawError: something that the recipe names does not exist or fit; nothing was written then, unless training
+            itself failed.
+    """
+    started = time.monotonic()
+    register_auto_classes()
+    output = _fresh_output(recipe)
+    data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
+    metric = _selection_metric(recipe, data)
+    transformers.set_seed(recipe.seed)
+    model, processor = build_model(recipe, data.class_names)
+    trainer = _make_trainer(recipe, model, processor, data, metric, output)
+    _announce(recipe, trainer, data, metric, reporter)
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / "recipe.yaml", recipe.to_yaml())
+    _train(trainer, reporter)
+    results = {
+        "backbone": recipe.backbone,
+        "weights": recipe.weights,
+        "seed": recipe.seed,
+        "metric": metric,
+        "num_images": {split: len(images) for split, images in data.splits.items()},
+        "dropped_images": [{"path": bad.path, "reason": bad.reason} for bad in data.bad_images],
+        "classes": data.class_names,
+        **_evaluate_splits(recipe, model, processor, data, output, reporter),
+        "stages": [record.to_dict() for record in trainer.stage_records],
+        "seconds_total": round(time.monotonic() - started, 3),
+        "peak_memory_mb": _peak_memory_mb(),
+        "versions": _versions(),
+    }
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    _draw_training(trainer, output)
+    # Last, so that a folder with results is a complete one.
+    _write(output / "results.json", json.dumps(results, indent=2))
+    _report(results, output, reporter)
+    return results
+
+
+def prepare_data(recipe: DataRecipe, *, seed: int, reporter: Reporter) -> PreparedData:
+    """Loads, checks and splits the images of a recipe.
+
+    Raises:
+        DataError: the data cannot be read or does not fit.
+    """
+    splits = load_data(recipe)
+    bad: list[BadImage] = []
+    for name, images in splits.items():
+        splits[name], found = check_images(images, on_bad=recipe.on_bad_image, progress=not reporter.quiet)
+        bad.extend(found)
+    if bad:
+        reporter.say(f"Left out {len(bad)} unreadable images: {', '.join(image.path for image in bad[:5])} ...")
+    splits = split_dataset(splits, validation=recipe.validation, test=recipe.test, seed=seed)
+    if "validation" not in splits:
+        raise DataError("there are no validation images; write data: {validation: 0.15} to cut some off for training")
+    return PreparedData(splits, splits["train"].features["label"].names, bad)
+
+
+def load_data(recipe: DataRecipe, *, class_names: Sequence[str] | None = None) -> DatasetDict:
+    """Loads the splits that a recipe's data section names.
+
+    Args:
+        recipe: The section.
+        class_names: Classes of a trained model, by whose order labels are numbered; None takes the data's.
+    """
+    if recipe.path is not None and recipe.path.startswith(BUILTIN_PREFIX):
+        return load_builtin_dataset(recipe.path.removeprefix(BUILTIN_PREFIX))
+    source = recipe.path or recipe.name
+    assert source is not None
+    return load_image_dataset(
+        source,
+        name=recipe.config,
+        revision=recipe.revision,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        class_names=class_names,
+    )
+
+
+def build_model(
+    recipe: Recipe, class_names: list[str]
+) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:
+    """Makes the model with a new head for the classes, and its image processor."""
+    model = TorchvisionForImageClassification.from_torchvision(
+        recipe.backbone,
+        weights=recipe.weights,
+        id2label=class_names,
+        image_size=recipe.image_size,
+        dropout=recipe.dropout,
+        stochastic_depth=recipe.stochastic_depth,
+    )
+    processor = TorchvisionImageProcessor.from_torchvision(
+        recipe.backbone, weights=recipe.weights, image_size=recipe.image_size
+    )
+    return model, processor
+
+
+def _fresh_output(recipe: Recipe) -> Path:
+    output = Path(recipe.output or f"thaw-{recipe.backbone}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RecipeError(
+            f"the output folder {output} exists and is not empty, and torchthaw never overwrites a run; "
+            f"pass another one, such as --output {output}-2, or remove it"
+        )
+    return output
+
+
+def _selection_metric(recipe: Recipe, data: PreparedData) -> str:
+    if recipe.metric != "auto":
+        return recipe.metric
+    counts = np.bincount(data.splits["train"]["label"], minlength=len(data.class_names))
+    return "macro_f1" if counts.max() >= IMBALANCE_FOR_MACRO_F1 * max(1, counts.min()) else "accuracy"
+
+
+def _make_trainer(
+    recipe: Recipe,
+    model: TorchvisionForImageClassification,
+    processor: TorchvisionImageProcessor,
+    data: PreparedData,
+    metric: str,
+    output: Path,
+) -> ThawTrainer:
+    plan = recipe.stage_plan()
+    if recipe.weights is None:
+        # Random weights come with random statistics, which must not be kept.
+        plan = _train_batch_norm(plan)
+    arguments = ThawTrainingArguments(
+        output_dir=str(output / "stages"),
+        plan=plan.to_dict(),
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        augmentation=recipe.augmentation,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        metric_for_best_model=metric,
+        optim=recipe.optimizer,
+        max_grad_norm=recipe.max_grad_norm,
+        label_smoothing_factor=recipe.label_smoothing,
+        dataloader_num_workers=recipe.num_workers,
+        seed=recipe.seed,
+        disable_tqdm=True,
+    )
+    trainer = ThawTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits["validation"],
+        processing_class=processor,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _train(trainer: ThawTrainer, reporter: Reporter) -> None:
+    with reporter.progress("training", 1) as bar:
+        trainer.add_callback(
+            ProgressCallback(lambda: trainer.stage.name if trainer.stage else "done", bar.update, reporter.say)
+        )
+        trainer.train()
+
+
+def _train_batch_norm(plan: StagePlan) -> StagePlan:
+    data = plan.to_dict()
+    for stage in data["stages"]:
+        stage["batch_norm"] = "train" if stage["batch_norm"] == "auto" else stage["batch_norm"]
+    return StagePlan.from_dict(data)
+
+
+def _evaluate_splits(
+    recipe: Recipe,
+    model: TorchvisionForImageClassification,
+    processor: TorchvisionImageProcessor,
+    data: PreparedData,
+    output: Path,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Measures the best weights on validation and, this once, on test images; writes predictions and plots."""
+    results: dict[str, Any] = {}
+    for split in ("validation", "test"):
+        if split not in data.splits:
+            continue
+        images = data.splits[split]
+        with reporter.progress(f"evaluating {split}", len(images)) as bar:
+            logits = evaluation_logits(model, processor, images, recipe.batch_size, recipe.num_workers, bar)
+        labels = np.asarray(images["label"])
+        results[split] = classification_metrics(logits, labels, data.class_names, seed=recipe.seed)
+        write_predictions(output / "predictions" / f"{split}.jsonl", images["path"], labels, logits, data.class_names)
+        plots = output / "plots"
+        plot_confusion_matrix(labels, logits.argmax(1), data.class_names, plots / f"confusion_{split}.png")
+        probabilities = torch.from_numpy(logits).softmax(-1).numpy()
+        plot_reliability(probabilities, labels, plots / f"reliability_{split}.png")
+    return results
+
+
+def evaluation_logits(
+    model: TorchvisionForImageClassification,
+    processor: TorchvisionImageProcessor,
+    images: Dataset,
+    batch_size: int,
+    num_workers: int,
+    bar: Bar,
+) -> np.ndarray:
+    """Computes the logits of a split, shape (images, classes), with a progress bar."""
+    view = ImageView(images, processor)
+    return predict_logits(model, view, batch_size=batch_size, num_workers=num_workers, on_progress=bar.update)
+
+
+def _draw_training(trainer: ThawTrainer, output: Path) -> None:
+    borders = []
+    start = 0
+    for record in trainer.stage_records:
+        end = start + record.epochs
+        borders.append({"name": record.name, "start_epoch": start, "end_epoch": end, "accepted": record.accepted})
+        start = end
+    plot_curves(trainer.state.log_history, borders, output / "plots" / "curves.png")
+    plot_learning_rates(trainer.state.log_history, borders, output / "plots" / "learning_rates.png")
+
+
+def _announce(recipe: Recipe, trainer: ThawTrainer, data: PreparedData, metric: str, reporter: Reporter) -> None:
+    sizes = ", ".join(f"{len(images)} {split}" for split, images in data.splits.items())
+    reporter.say(f"{recipe.backbone} ({recipe.weights or 'random weights'}), {len(data.class_names)} classes, {sizes}")
+    groups = list(trainer.model.layer_groups())
+    rows = []
+    for stage in trainer.plan.stages:
+        rates = stage.learning_rates(groups)
+        shown = (
+            f"{min(rates.values()):.1e} - {max(rates.values()):.1e}" if len(rates) > 1 else f"{rates[groups[-1]]:.1e}"
+        )
+        rows.append((stage.name, " ".join(rates), stage.epochs, shown, stage.batch_norm))
+    reporter.table(
+        f"plan: {trainer.plan.name}, best weights by validation {metric}",
+        ("stage", "trains", "epochs", "learning rates", "BatchNorm"),
+        rows,
+    )
+
+
+def _report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> None:
+    metric = results["metric"]
+    reporter.table(
+        "what each stage reached",
+        ("stage", "epochs", "trained parameters", "seconds", f"best validation {metric}"),
+        [
+            (s["name"], s["epochs"], f"{s['trainable_parameters']:,}", f"{s['seconds']:.1f}", f"{s['best_metric']:.4f}")
+            for s in results["stages"]
+        ],
+    )
+    for split in ("validation", "test"):
+        if split in results:
+            figures = results[split]
+            low, high = figures["accuracy_interval"]
+            reporter.say(
+                f"{split}: accuracy {figures['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), "
+                f"macro F1 {figures['macro_f1']:.4f}, {figures['num_images']} images"
+            )
+    reporter.say(f"saved to {output}; use it with pipeline('image-classification', model={str(output)!r})")
+
+
+def _write(file: Path, text: str) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    if os.name == "nt":
+        import psutil
+
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
+    import resource
+
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "transformers", "datasets", "accelerate", "scikit-learn", "pillow")
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    return {"torchthaw": __version__, "python": python, **{name: metadata.version(name) for name in packages}}

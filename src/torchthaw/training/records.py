@@ -1,0 +1,39 @@
+"""What is known about each stage after it ran."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class StageRecord:
+    """Result of one stage, as it stands in `results.json`.
+
+    Attributes:
+        name: The stage's name.
+        epochs: Epochs that were run.
+        seconds: Wall time, validation and checkpoints included.
+        train_images_per_second: Training images over the time of the whole stage.
+        trainable_parameters: Number of trainable scalars.
+        best_metric: Best validation value of the selection metric within the stage; None without validation.
+        learning_rates: Peak rate of each live layer group.
+        batch_norm: BatchNorm policy of live groups.
+        accepted: Whether the run went on from this stage's weights.
+        reason: Why it was accepted or not.
+        frozen_unchanged: Whether every frozen tensor was bit-identical at the end.
+    """
+
+    name: str
+    epochs: int
+    seconds: float
+    train_images_per_second: float
+    trainable_parameters: int
+    best_metric: float | None
+    learning_rates: dict[str, float]
+    batch_norm: str
+    accepted: bool
+    reason: str
+    frozen_unchanged: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the record as plain data."""
+        return asdict(self)

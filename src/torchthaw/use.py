@@ -1,0 +1,152 @@
+"""What the command line does with saved models: evaluate, predict, list."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from torchthaw.backbones.configuration import TorchvisionConfig
+from torchthaw.backbones.image_processing import TorchvisionImageProcessor
+from torchthaw.backbones.modeling import TorchvisionForImageClassification
+from torchthaw.backbones.weights import describe_backbones
+from torchthaw.console import Reporter
+from torchthaw.data.images import check_images, image_extensions
+from torchthaw.data.views import ImageView
+from torchthaw.errors import DataError, ThawError, did_you_mean
+from torchthaw.evaluation.inference import best_device, predict_logits
+from torchthaw.evaluation.metrics import classification_metrics
+from torchthaw.recipe import DataRecipe
+from torchthaw.run import load_data
+
+
+def load_saved(source: str) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:
+    """Loads a model and its processor from a folder or Hub repository that torchthaw saved.
+
+    Raises:
+        ThawError: there is no model.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ThawError(f"{source} holds no config.json, so it is no saved model; pass the output folder of a run")
+    try:
+        model = TorchvisionForImageClassification.from_pretrained(source)
+        processor = TorchvisionImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ThawError(f"no model could be loaded from {source!r}: {error}") from error
+    return model.to(best_device()).eval(), processor
+
+
+def evaluate_saved(source: str, data: str, split: str, *, batch_size: int = 32, reporter: Reporter) -> dict[str, Any]:
+    """Measures a saved model on one split of labelled images; labels are matched to its classes by name.
+
+    Returns:
+        What `classification_metrics` gives, with `model`, `data` and `split`.
+
+    Raises:
+        DataError: the data has no such split, or a class that the model does not know.
+    """
+    model, processor = load_saved(source)
+    names = _class_names(model)
+    is_hub_name = not Path(data).exists() and data.count("/") == 1
+    section = DataRecipe(name=data) if is_hub_name else DataRecipe(path=data)
+    splits = load_data(section, class_names=names)
+    if split not in splits:
+        raise DataError(
+            f"{data} has no split {split!r}.{did_you_mean(split, splits)} It has {', '.join(splits)}; "
+            f"pass --split {next(iter(splits))}"
+        )
+    images, _ = check_images(splits[split], progress=not reporter.quiet)
+    with reporter.progress(f"evaluating {split}", len(images)) as bar:
+        logits = predict_logits(model, ImageView(images, processor), batch_size=batch_size, on_progress=bar.update)
+    figures = classification_metrics(logits, np.asarray(images["label"]), names)
+    return {"model": source, "data": data, "split": split, **figures}
+
+
+def predict_paths(
+    source: str, paths: Sequence[str], *, batch_size: int = 32, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Labels image files, and all images below folders.
+
+    Returns:
+        For each image `path`, `predicted`, its `score`, and `scores` of all classes.
+
+    Raises:
+        DataError: a path does not exist, there are no images, or some cannot be read.
+    """
+    files = _image_files(paths)
+    model, processor = load_saved(source)
+    names = _class_names(model)
+    columns = {"image": [{"path": f, "bytes": None} for f in files], "label": [0] * len(files), "path": files}
+    features = Features(image=Image(decode=False), label=ClassLabel(names=names), path=Value("string"))
+    images, _ = check_images(Dataset.from_dict(columns, features=features), progress=not reporter.quiet)
+    with reporter.progress("predicting", len(images)) as bar:
+        logits = predict_logits(model, ImageView(images, processor), batch_size=batch_size, on_progress=bar.update)
+    scores = torch.from_numpy(logits).softmax(-1).tolist()
+    return [
+        {
+            "path": file,
+            "predicted": names[int(np.argmax(row))],
+            "score": max(row),
+            "scores": dict(zip(names, row, strict=True)),
+        }
+        for file, row in zip(files, scores, strict=True)
+    ]
+
+
+def backbone_table() -> list[dict[str, Any]]:
+    """Returns one row for each supported backbone."""
+    return [
+        {
+            "name": info.name,
+            "family": info.family,
+            "parameters (M)": round(info.parameters, 1),
+            "accuracy@1": info.accuracy,
+            "weights": info.weights,
+            "image size": info.image_size,
+        }
+        for info in describe_backbones()
+    ]
+
+
+def layer_group_table(architecture: str) -> list[dict[str, Any]]:
+    """Returns one row for each layer group of a backbone, input to output.
+
+    Raises:
+        ThawError: the backbone is unknown.
+    """
+    try:
+        config = TorchvisionConfig(architecture=architecture)
+    except ValueError as error:
+        raise ThawError(str(error)) from error
+    with torch.device("meta"):
+        model = TorchvisionForImageClassification(config)
+    return [
+        {
+            "group": name,
+            "parameters": sum(parameter.numel() for parameter in group.parameters.values()),
+            "modules": ", ".join(module.removeprefix("backbone.") for module in group.modules),
+        }
+        for name, group in model.layer_groups().items()
+    ]
+
+
+def _class_names(model: TorchvisionForImageClassification) -> list[str]:
+    return [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+
+def _image_files(paths: Sequence[str]) -> list[str]:
+    files: list[str] = []
+    for given in map(Path, paths):
+        if given.is_dir():
+            files += sorted(str(f) for f in given.rglob("*") if f.is_file() and f.suffix.lower() in image_extensions())
+        elif given.exists():
+            files.append(str(given))
+        else:
+            nearby = [sibling.name for sibling in given.parent.iterdir()] if given.parent.is_dir() else []
+            raise DataError(f"there is no file or folder {given}.{did_you_mean(given.name, nearby)}")
+    if not files:
+        raise DataError(f"no images were found in {', '.join(map(str, paths))}; pass image files or folders of them")
+    return files

@@ -1,0 +1,233 @@
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image, Value
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from torchthaw.backbones.image_processing import TorchvisionImageProcessor, to_rgb
+from torchthaw.data.augmentation import AUGMENTATIONS, Augmentation
+from torchthaw.data.loading import load_image_dataset
+from torchthaw.data.transforms import eval_transform, train_transform
+from torchthaw.data.views import ImageView, collate
+from torchthaw.errors import DataError
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+EVERYTHING = Augmentation(
+    vertical_flip=0.5, policy="rand_augment", color_jitter=0.4, random_erasing=0.5, mixup=0.4, cutmix=0.4
+)
+
+
+@pytest.fixture
+def processor():
+    return TorchvisionImageProcessor(
+        size={"shortest_edge": 36},
+        crop_size={"height": 32, "width": 24},
+        resample=PILImage.Resampling.BICUBIC,
+        image_mean=MEAN,
+        image_std=STD,
+    )
+
+
+@pytest.fixture
+def photos(make_image_folder):
+    return load_image_dataset(make_image_folder(per_class=4))["train"]
+
+
+def pixels(view):
+    return torch.stack([view[row]["pixel_values"] for row in range(len(view))])
+
+
+def test_the_evaluation_view_is_the_processor_bit_for_bit(photos, processor):
+    view = ImageView(photos, processor)
+    assert len(view) == 12
+    assert (view.num_classes, view.class_names) == (3, ["ant", "bee", "cat"])
+    transform = eval_transform(processor)
+    for row, sample in enumerate(photos):
+        picture = to_rgb(PILImage.open(sample["image"]["path"]))
+        expected = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        assert expected.shape == (3, 32, 24)
+        assert torch.equal(view[row]["pixel_values"], expected)
+        assert torch.equal(transform(picture), expected)
+        assert view[row]["labels"].item() == sample["label"]
+        assert view[row]["labels"].dtype == torch.int64
+
+
+def test_training_without_randomness_is_a_plain_resize(photos, processor):
+    whole = Augmentation(crop_scale=(1, 1), crop_ratio=(1.2, 1.2), horizontal_flip=0)  # the ratio of the 48 x 40 images
+    picture = to_rgb(PILImage.open(photos[0]["image"]["path"]))
+    resized = np.asarray(picture.resize((24, 32), PILImage.Resampling.BICUBIC))
+    expected = (torch.from_numpy(resized.copy()).permute(2, 0, 1) / 255 - torch.tensor(MEAN)[:, None, None]) / (
+        torch.tensor(STD)[:, None, None]
+    )
+    found = ImageView(photos, processor, whole)[0]["pixel_values"]
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    flipped = Augmentation(crop_scale=(1, 1), crop_ratio=(1.2, 1.2), horizontal_flip=1, vertical_flip=1)
+    torch.testing.assert_close(
+        ImageView(photos, processor, flipped)[0]["pixel_values"], expected.flip(1, 2), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "step"),
+    [
+        ({"policy": "rand_augment"}, v2.RandAugment),
+        ({"policy": "trivial_augment"}, v2.TrivialAugmentWide),
+        ({"color_jitter": 0.3}, v2.ColorJitter),
+        ({"random_erasing": 1.0}, v2.RandomErasing),
+    ],
+)
+def test_every_field_changes_the_images(photos, processor, fields, step):
+    augmented = ImageView(photos, processor, Augmentation(**fields))
+    assert not torch.equal(pixels(augmented), pixels(ImageView(photos, processor, Augmentation())))
+    assert any(isinstance(one, step) for one in train_transform(processor, Augmentation(**fields)).transforms)
+
+
+@pytest.mark.parametrize("augmentation", [AUGMENTATIONS["light"], AUGMENTATIONS["medium"], EVERYTHING])
+def test_a_view_is_a_function_of_seed_stage_epoch_and_sample_alone(photos, processor, augmentation):
+    first = ImageView(photos, processor, augmentation, seed=3, stage=1)
+    first.set_epoch(2)
+    expected = pixels(first)
+
+    again = ImageView(photos, processor, augmentation, seed=3, stage=1)
+    for epoch in (0, 1, 2):
+        again.set_epoch(epoch)
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    order = [7, 3, 3, 11, 0]
+    assert torch.equal(torch.stack([again[row]["pixel_values"] for row in order]), expected[order])
+    assert torch.equal(again[-1]["pixel_values"], expected[-1])
+    restored = pickle.loads(pickle.dumps(first))
+    assert torch.equal(pixels(restored), expected)
+
+    for other in ({"seed": 4, "stage": 1}, {"seed": 3, "stage": 0}):
+        changed = ImageView(photos, processor, augmentation, **other)
+        changed.set_epoch(2)
+        assert not any(map(torch.equal, pixels(changed), expected))
+    first.set_epoch(3)
+    assert not any(map(torch.equal, pixels(first), expected))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_make_no_difference_even_when_they_outlive_the_epoch(photos, processor, method):
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    view = ImageView(photos, processor, EVERYTHING)
+    options = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": method}
+    loaders = [
+        DataLoader(view, batch_size=5, collate_fn=collate),
+        DataLoader(view, batch_size=3, collate_fn=collate, **options),
+    ]
+    seen = []
+    for epoch in (0, 1):
+        view.set_epoch(epoch)
+        here, there = (
+            {key: torch.cat([batch[key] for batch in batches]) for key in ("pixel_values", "labels")}
+            for batches in map(list, loaders)
+        )
+        assert torch.equal(here["pixel_values"], there["pixel_values"])
+        assert torch.equal(here["labels"], there["labels"])
+        seen.append(here["pixel_values"])
+    assert not torch.equal(*seen)
+
+
+def test_reading_a_sample_leaves_all_random_states_alone(photos, processor):
+    view = ImageView(photos, processor, EVERYTHING)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    view[0]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_reading_a_sample_leaves_the_state_of_the_gpu_alone(photos, processor):
+    state = torch.cuda.get_rng_state()
+    ImageView(photos, processor, EVERYTHING)[0]
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+def test_mixup_blends_two_views_as_it_blends_their_labels(photos, processor):
+    plain = pixels(ImageView(photos, processor, Augmentation()))
+    view = ImageView(photos, processor, Augmentation(mixup=1.0))
+    labels = torch.tensor(photos["label"][:])
+    for row in range(len(view)):
+        sample = view[row]
+        assert sample["labels"].shape == (3,)
+        assert sample["labels"].sum().item() == pytest.approx(1)
+        # Least squares finds the partner and the share that were used.
+        fits = []
+        for partner in range(len(view)):
+            change, target = plain[partner] - plain[row], sample["pixel_values"] - plain[row]
+            weight = float((change * target).sum() / (change * change).sum().clamp_min(1e-9))
+            fits.append((float((target - weight * change).abs().max()), partner, weight))
+        error, partner, weight = min(fits)
+        assert error < 1e-4
+        expected = torch.zeros(3)
+        expected[labels[row]] += 1 - weight
+        expected[labels[partner]] += weight
+        torch.testing.assert_close(sample["labels"], expected, rtol=0, atol=1e-4)
+
+
+def test_cutmix_pastes_a_rectangle_and_counts_its_area(photos, processor):
+    plain = pixels(ImageView(photos, processor, Augmentation()))
+    view = ImageView(photos, processor, Augmentation(cutmix=1.0))
+    labels = torch.tensor(photos["label"][:])
+    pasted = 0
+    for row in range(len(view)):
+        sample = view[row]
+        kept = (sample["pixel_values"] == plain[row]).all(0)
+        if kept.all():
+            continue
+        sources = (sample["pixel_values"] == plain).all(1)  # (images, height, width)
+        partner = next(other for other in range(len(view)) if (sources[other] | kept).all())
+        rows, columns = torch.where(~kept)
+        rectangle = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        share = float(rectangle / kept.numel())
+        expected = torch.zeros(3)
+        expected[labels[row]] += 1 - share
+        expected[labels[partner]] += share
+        torch.testing.assert_close(sample["labels"], expected, rtol=0, atol=1e-6)
+        pasted += 1
+    assert pasted >= 4
+
+
+def test_batches_have_the_shapes_that_a_model_takes(photos, processor):
+    plain = collate([ImageView(photos, processor)[row] for row in (0, 5, 11)])
+    assert plain["pixel_values"].shape == (3, 3, 32, 24)
+    assert plain["labels"].tolist() == [0, 1, 2]
+    mixed = collate([ImageView(photos, processor, AUGMENTATIONS["strong"])[row] for row in (0, 5)])
+    assert mixed["labels"].shape == (2, 3)
+    loss = torch.nn.functional.cross_entropy(torch.zeros(2, 3), mixed["labels"])
+    assert loss.item() == pytest.approx(np.log(3))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_breaks_after_the_check_is_named(make_image_folder, processor, num_workers):
+    root = make_image_folder(("ant", "bee"), per_class=1)
+    photos = load_image_dataset(root)["train"]
+    (root / "bee" / "000.png").write_bytes(b"")
+    loader = DataLoader(ImageView(photos, processor), batch_size=2, collate_fn=collate, num_workers=num_workers)
+    with pytest.raises(DataError, match=r"image 'bee/000.png': it is empty"):
+        list(loader)
+
+
+def test_rows_that_do_not_exist(photos, processor):
+    with pytest.raises(IndexError, match="row 12 of a data set with 12 images"):
+        ImageView(photos, processor)[12]
+
+
+def test_other_columns_are_refused_with_the_way_on(photos, processor):
+    with pytest.raises(DataError, match=r"Pass the data set through load_image_dataset"):
+        ImageView(photos.cast_column("label", Value("int64")), processor)
+
+
+def test_a_plain_data_set_with_pictures_will_do(photos, processor):
+    plain: Dataset = photos.remove_columns("path").cast_column("image", Image())
+    assert torch.equal(pixels(ImageView(plain, processor)), pixels(ImageView(photos, processor)))

@@ -1,0 +1,283 @@
+import json
+import pickle
+import socket
+import warnings
+
+import evaluate
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, softmax
+from transformers import EvalPrediction
+
+from torchthaw import ClassificationMetrics
+from torchthaw.errors import DataError
+from torchthaw.evaluation.metrics import classification_metrics, compute_metrics
+
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
+def draw(num_images, num_classes=4, seed=0, signal=1.5, dtype=np.float32):
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, num_classes, num_images)
+    logits = random.normal(size=(num_images, num_classes))
+    logits[np.arange(num_images), labels] += signal
+    return logits.astype(dtype), labels
+
+
+def names_of(logits):
+    return [f"class {index}" for index in range(logits.shape[1])]
+
+
+def by_hand(logits, labels):
+    """Every metric by counting, image by image and class by class."""
+    predicted = [int(np.argmax(row)) for row in logits]
+    labels = [int(label) for label in labels]
+    pairs = list(zip(labels, predicted, strict=True))
+    per_class = []
+    for index in range(logits.shape[1]):
+        hits = sum(label == index == guess for label, guess in pairs)
+        support, taken = labels.count(index), predicted.count(index)
+        precision = hits / taken if taken else 0.0
+        recall = hits / support if support else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        per_class.append({"precision": precision, "recall": recall, "f1": f1, "support": support})
+    present = [scores for scores in per_class if scores["support"]]
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    ece = 0.0
+    for bin_number in range(15):
+        low, high = bin_number / 15, (bin_number + 1) / 15
+        inside = [i for i, row in enumerate(probabilities) if low < row.max() <= high]
+        if inside:
+            accuracy = sum(labels[i] == predicted[i] for i in inside) / len(inside)
+            confidence = sum(probabilities[i].max() for i in inside) / len(inside)
+            ece += len(inside) / len(labels) * abs(accuracy - confidence)
+    log_probabilities = log_softmax(logits.astype(np.float64), axis=1)
+    return {
+        "accuracy": sum(label == guess for label, guess in pairs) / len(pairs),
+        "macro_f1": sum(scores["f1"] for scores in present) / len(present),
+        "balanced_accuracy": sum(scores["recall"] for scores in present) / len(present),
+        "loss": -sum(log_probabilities[i, label] for i, label in enumerate(labels)) / len(labels),
+        "ece": ece,
+        "per_class": per_class,
+    }
+
+
+def one_hot(ids, num_classes, size=4.0):
+    return size * np.eye(num_classes, dtype=np.float32)[np.asarray(ids)]
+
+
+EDGE_CASES = {
+    "random": draw(200),
+    "float16": draw(50, seed=1, dtype=np.float16),
+    "a class without images": (draw(60, seed=2)[0], draw(60, seed=2)[1] % 3),
+    "a class without images or predictions": (one_hot([0, 1, 1, 2], 4), np.array([0, 1, 2, 2])),
+    "one class only in labels": (draw(40, seed=3)[0], np.full(40, 2)),
+    "one class in the model": (np.ones((5, 1), dtype=np.float32), np.zeros(5, dtype=int)),
+    "one image": (np.array([[0.1, 0.4]]), np.array([0])),
+    "perfect": (one_hot([0, 1, 2, 3, 3], 4), np.array([0, 1, 2, 3, 3])),
+    "all wrong": (one_hot([1, 2, 3, 0, 0], 4), np.array([0, 1, 2, 3, 3])),
+    "ties": (np.zeros((6, 3), dtype=np.float32), np.array([0, 1, 2, 0, 1, 2])),
+    "more classes than half the images": (draw(30, 25, seed=4)[0], draw(30, 25, seed=4)[1]),
+    "extreme": (np.array([[3e4, -3e4], [3e4, -3e4]]), np.array([0, 1])),
+}
+
+
+@pytest.mark.parametrize("case", EDGE_CASES)
+def test_every_metric_equals_counting_by_hand(case):
+    logits, labels = EDGE_CASES[case]
+    names = names_of(logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = classification_metrics(logits, labels, names)
+    expected = by_hand(logits, labels)
+    for key in ("accuracy", "macro_f1", "balanced_accuracy", "loss", "ece"):
+        assert metrics[key] == pytest.approx(expected[key], abs=1e-12), key
+    assert list(metrics["per_class"]) == names
+    for name, scores in zip(names, expected["per_class"], strict=True):
+        assert metrics["per_class"][name] == pytest.approx(scores, abs=1e-12)
+    assert metrics["num_images"] == len(labels)
+    assert json.loads(json.dumps(metrics)) == metrics
+
+
+@pytest.mark.parametrize("case", ["random", "a class without images", "all wrong", "one class only in labels"])
+def test_averages_equal_those_of_scikit_learn(case):
+    logits, labels = EDGE_CASES[case]
+    predicted, present = logits.argmax(1), np.unique(labels)
+    metrics = classification_metrics(logits, labels, NAMES)
+    macro_f1 = sklearn.metrics.f1_score(labels, predicted, labels=present, average="macro", zero_division=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        balanced_accuracy = sklearn.metrics.balanced_accuracy_score(labels, predicted)
+    assert metrics["accuracy"] == sklearn.metrics.accuracy_score(labels, predicted)
+    assert metrics["macro_f1"] == pytest.approx(macro_f1, abs=1e-12)
+    assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy, abs=1e-12)
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    log_loss = sklearn.metrics.log_loss(labels, probabilities, labels=np.arange(4))
+    assert metrics["loss"] == pytest.approx(log_loss, abs=1e-12)
+
+
+def test_a_class_without_images_does_not_lower_macro_f1():
+    logits, labels = one_hot([0, 1, 1], 4), np.array([0, 1, 1])
+    assert classification_metrics(logits, labels, NAMES)["macro_f1"] == 1.0
+
+
+def test_loss_stays_finite_where_float32_probabilities_underflow():
+    metrics = classification_metrics(np.array([[500.0, 0.0]], dtype=np.float32), [1], ["ant", "bee"])
+    assert metrics["loss"] == 500.0
+
+
+def test_confidence_on_a_bin_edge_belongs_to_the_lower_bin():
+    # Confidences 0.8 and 0.801 lie on both sides of the edge 12/15: in one bin, a right and a wrong image would
+    # nearly cancel.
+    logits = np.log([[0.8, 0.2], [0.801, 0.199]])
+    logits -= logits.max(axis=1, keepdims=True)
+    metrics = classification_metrics(logits, [1, 0], ["ant", "bee"])
+    assert metrics["ece"] == pytest.approx((0.8 + 0.199) / 2, abs=1e-9)
+
+
+def test_intervals_can_be_left_out():
+    assert not [key for key in classification_metrics(*draw(9), NAMES, intervals=False) if "interval" in key]
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_images=st.integers(1, 60), num_classes=st.integers(1, 8), seed=st.integers(0, 10**6))
+def test_order_of_images_and_of_classes_and_offsets_do_not_matter(num_images, num_classes, seed):
+    logits, labels = draw(num_images, num_classes, seed, dtype=np.float64)
+    random = np.random.default_rng(seed)
+    images, classes = random.permutation(num_images), random.permutation(num_classes)
+    offsets = random.normal(size=(num_images, 1))
+    names = np.array(names_of(logits))
+    metrics = classification_metrics(logits, labels, names, intervals=False)
+    mixed = classification_metrics(
+        (logits + offsets)[images][:, classes], np.argsort(classes)[labels][images], names[classes], intervals=False
+    )
+    assert mixed.pop("per_class") == {name: pytest.approx(value) for name, value in metrics.pop("per_class").items()}
+    assert mixed == pytest.approx(metrics, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_images=st.integers(1, 60), num_classes=st.integers(1, 8), seed=st.integers(0, 10**6))
+def test_values_are_in_range_and_agree_with_each_other(num_images, num_classes, seed):
+    logits, labels = draw(num_images, num_classes, seed)
+    metrics = classification_metrics(logits, labels, names_of(logits))
+    for key in ("accuracy", "macro_f1", "balanced_accuracy", "ece"):
+        assert 0 <= metrics[key] <= 1
+    assert metrics["loss"] >= 0
+    assert sum(scores["support"] for scores in metrics["per_class"].values()) == num_images
+    hits = sum(scores["recall"] * scores["support"] for scores in metrics["per_class"].values())
+    assert hits == pytest.approx(metrics["accuracy"] * num_images)
+    low, high = metrics["accuracy_interval"]
+    assert 0 <= low <= metrics["accuracy"] <= high <= 1
+    low, high = metrics["macro_f1_interval"]
+    assert 0 <= low <= high <= 1
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "names", "message"),
+    [
+        (np.array([[0, np.nan], [1, 2], [np.inf, 0]]), [0, 1, 0], ["a", "b"], "logits of 2 of 3 images are not finite"),
+        (np.zeros((2, 2)), [0, 2], ["a", "b"], "label 2 .* there are 2 classes, so labels go from 0 to 1"),
+        (np.zeros((2, 2)), [0, -1], ["a", "b"], "label -1 .* names no class"),
+        (np.zeros((2, 2)), [0], ["a", "b"], "1 labels for 2 images"),
+        (np.zeros((2, 2)), [0.5, 1.0], ["a", "b"], "type float64, but one integer class id per image"),
+        (np.zeros((2, 2)), [0, 1], ["a"], "1 class names for 2 columns"),
+        (np.zeros((2, 2)), [0, 1], ["a", "a"], "'a' stands for more than one class"),
+        (np.zeros((0, 2)), [], ["a", "b"], "no images to evaluate"),
+        (np.zeros(3), [0, 1, 1], ["a", "b"], r"shape \(3,\) .* pass an array of shape \(images, classes\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(logits, labels, names, message):
+    with pytest.raises(DataError, match=message):
+        classification_metrics(logits, labels, names)
+
+
+def test_evaluate_metric_equals_scikit_learn():
+    logits, labels = draw(80)
+    predicted = logits.argmax(1)
+    scores = ClassificationMetrics().compute(predictions=predicted, references=labels)
+    assert scores == pytest.approx(
+        {
+            "accuracy": sklearn.metrics.accuracy_score(labels, predicted),
+            "macro_f1": sklearn.metrics.f1_score(labels, predicted, average="macro"),
+            "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(labels, predicted),
+            "weighted_f1": sklearn.metrics.f1_score(labels, predicted, average="weighted"),
+        }
+    )
+    assert all(type(value) is float for value in scores.values())
+
+
+@pytest.mark.parametrize("keep_in_memory", [False, True])
+def test_evaluate_metric_gathers_batches(keep_in_memory, tmp_path):
+    logits, labels = draw(50)
+    predicted = logits.argmax(1)
+    metric = ClassificationMetrics(keep_in_memory=keep_in_memory, cache_dir=str(tmp_path))
+    at_once = metric.compute(predictions=predicted, references=labels)
+    metric.add_batch(predictions=predicted[:20].tolist(), references=labels[:20].tolist())
+    metric.add_batch(predictions=torch.tensor(predicted[20:49]), references=torch.tensor(labels[20:49]))
+    metric.add(prediction=int(predicted[49]), reference=int(labels[49]))
+    assert metric.compute() == at_once
+
+
+class ErrorRate(ClassificationMetrics):
+    def _compute(self, *, predictions, references):
+        return {"error_rate": float((predictions != references).mean()), "accuracy": -1.0}
+
+
+def test_evaluate_combine_takes_instances(tmp_path):
+    metrics = [ClassificationMetrics(cache_dir=str(tmp_path)), ErrorRate(cache_dir=str(tmp_path))]
+    both = evaluate.combine(metrics)
+    scores = both.compute(predictions=[0, 1, 1, 1], references=[0, 1, 0, 1])
+    assert scores["error_rate"] == 0.25
+    assert scores["classification_metrics_accuracy"] == 0.75
+    assert scores["error_rate_accuracy"] == -1.0
+    both.add_batch(predictions=[0, 1], references=[0, 0])
+    both.add_batch(predictions=[1, 1], references=[0, 0])
+    assert both.compute()["error_rate"] == 0.75
+
+
+def test_evaluate_metric_leaves_the_random_state_alone():
+    before = pickle.dumps(np.random.get_state())
+    ClassificationMetrics().compute(predictions=[0, 1], references=[0, 1])
+    assert pickle.dumps(np.random.get_state()) == before
+
+
+def test_evaluate_metric_refuses_nothing_at_all():
+    with pytest.raises(DataError, match="nothing to measure"):
+        ClassificationMetrics().compute(predictions=[], references=[])
+
+
+def test_evaluate_metric_opens_no_connection(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert ClassificationMetrics().compute(predictions=[0, 1], references=[0, 1])["accuracy"] == 1.0
+
+
+def test_compute_metrics_takes_what_trainer_hands_over():
+    logits, labels = draw(70)
+    metrics = classification_metrics(logits, labels, NAMES)
+    expected = {key: metrics[key] for key in ("accuracy", "macro_f1", "balanced_accuracy")}
+    soft = 0.6 * np.eye(4)[labels] + 0.4 * np.eye(4)[(labels + 1) % 4]
+    hidden = np.zeros((70, 2, 3))
+    assert compute_metrics(EvalPrediction(logits, labels)) == pytest.approx(expected)
+    assert compute_metrics(EvalPrediction((logits, hidden), labels)) == pytest.approx(expected)
+    assert compute_metrics(EvalPrediction(logits, soft)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.array([[np.nan, 1.0]]), np.array([0]), "logits of 1 of 1 images are not finite"),
+        (np.zeros((2, 2)), np.array([0, -100]), "label -100"),
+        (np.zeros(2), np.array([0, 1]), "one row per image"),
+    ],
+)
+def test_compute_metrics_refuses_what_it_cannot_measure(logits, labels, message):
+    with pytest.raises(DataError, match=message):
+        compute_metrics(EvalPrediction(logits, labels))

@@ -1,0 +1,114 @@
+"""Recipes are read safely and checked completely."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from torchthaw.errors import PlanError, RecipeError, ThawError
+from torchthaw.recipe import Recipe, find_recipe, load_recipe, packaged_recipes, parse_override
+
+MINIMAL = {"backbone": "resnet18", "data": {"path": "photos"}}
+
+
+def test_every_packaged_recipe_is_valid():
+    recipes = packaged_recipes()
+    assert {"quickstart", "staged", "two_phase"} <= set(recipes)
+    for name, file in recipes.items():
+        recipe = load_recipe(file, {"data.path": "photos"})
+        assert recipe.stage_plan().epochs >= 1
+        header = file.read_text().split("\nbackbone:")[0]
+        assert f"torchthaw train {name}" in header, f"{name}: the header shows no command"
+        assert "Hardware" in header
+
+
+def test_a_resolved_recipe_gives_the_same_run():
+    recipe = load_recipe({**MINIMAL, "stages": [{"name": "a", "unfreeze": ["head"], "learning_rate": 1e-3}]})
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_numbers_such_as_1e_3_are_numbers(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("backbone: resnet18\ndata: {path: photos}\nstages: [{name: a, learning_rate: {head: 1e-3}}]\n")
+    assert load_recipe(file).stage_plan().stages[0].learning_rate == {"head": 0.001}
+
+
+def test_overrides_reach_nested_keys():
+    recipe = load_recipe(
+        MINIMAL, dict(map(parse_override, ["data.validation=0.3", "weights=null", "learning_rate=1e-2"]))
+    )
+    assert recipe.data.validation == 0.3
+    assert recipe.weights is None
+    assert recipe.learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"backbon": "x", **MINIMAL}, "unknown key 'backbon'. Did you mean 'backbone'"),
+        (
+            {**MINIMAL, "data": {"path": "p", "valdation": 0.1}},
+            "unknown key 'data.valdation'. Did you mean 'validation'",
+        ),
+        ({**MINIMAL, "stages": [{"name": "a", "unfreze": 1}]}, "unknown key 'unfreze'. Did you mean 'unfreeze'"),
+        ({"data": {"path": "p"}}, "backbone is missing"),
+        ({"backbone": "resnet18"}, "names no data; pass --data"),
+        ({**MINIMAL, "batch_size": 0}, "batch_size is 0"),
+        ({**MINIMAL, "learning_rate": 0}, "learning_rate is 0"),
+        ({**MINIMAL, "metric": "f1"}, "metric is 'f1'"),
+        ({**MINIMAL, "data": {"path": "p", "validation": 1.5}}, "data.validation is 1.5"),
+        ({**MINIMAL, "data": {"path": "p", "name": "user/set"}}, "both data.path and data.name"),
+        ({**MINIMAL, "plan": "staged", "stages": [{"name": "a"}]}, "both plan and stages"),
+        ({**MINIMAL, "epochs": 3, "stages": [{"name": "a"}]}, "1 epochs long in all, but 3"),
+        ({**MINIMAL, "plan": "stagd"}, "unknown plan 'stagd'. Did you mean 'staged'"),
+        ({**MINIMAL, "epochs": 2}, "at least as many epochs, not 2"),
+        ({**MINIMAL, "augmentation": "lihgt"}, "unknown augmentation 'lihgt'. Did you mean 'light'"),
+        ({**MINIMAL, "augmentation": {"mixupp": 1}}, "unknown key 'mixupp'. Did you mean 'mixup'"),
+    ],
+)
+def test_a_mistake_is_named_with_what_to_write(data, message):
+    with pytest.raises(ThawError, match=message):
+        load_recipe(data)
+
+
+def test_files_that_are_no_recipes_are_refused(tmp_path):
+    (tmp_path / "broken.yaml").write_text("backbone: [")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+    with pytest.raises(RecipeError, match="holds no mapping"):
+        load_recipe(tmp_path / "list.yaml")
+    with pytest.raises(RecipeError, match=r"no recipe 'stagged'.*Did you mean 'staged'"):
+        find_recipe("stagged")
+    with pytest.raises(RecipeError, match="is a folder"):
+        find_recipe(str(tmp_path))
+    with pytest.raises(RecipeError, match="not of the form key=value"):
+        parse_override("seed")
+    with pytest.raises(RecipeError, match="is no section"):
+        load_recipe(MINIMAL, {"backbone.x": 1})
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    file = tmp_path / "evil.yaml"
+    marker = tmp_path / "ran"
+    file.write_text(
+        f"backbone: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{marker}']]"
+    )
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(file)
+    assert not marker.exists()
+
+
+def test_checking_a_recipe_needs_no_torch():
+    code = (
+        "import sys; sys.argv=['torchthaw']; from torchthaw.recipe import load_recipe; "
+        "load_recipe('staged', {'data.path': 'x'}); assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_plan_error_is_a_user_error():
+    assert issubclass(PlanError, ThawError)
+    assert Path(packaged_recipes()["staged"]).is_file()
