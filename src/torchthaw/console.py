@@ -19,10 +19,13 @@ class Reporter:
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        if not self.console.is_terminal:
+            # In a log file there is no edge to wrap at.
+            self.console = Console(stderr=True, quiet=quiet, highlight=False, width=200)
 
     def say(self, message: str) -> None:
         """Prints a line; names of files and classes in it are printed as they are."""
-        self.console.print(escape(message))
+        self.console.print(escape(message), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Prints a table; the first column is left-aligned, the others right-aligned."""

@@ -65,6 +65,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     """
     started = time.monotonic()
     register_auto_classes()
+    transformers.utils.logging.disable_progress_bar()
     output = _fresh_output(recipe)
     data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
     metric = _selection_metric(recipe, data)

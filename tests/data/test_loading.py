@@ -171,6 +171,13 @@ def test_class_names_of_a_saved_model_decide_the_ids(make_image_folder):
     assert "names a class twice" in message(root, class_names=["ant", "bee", "ant"])
 
 
+def test_splits_without_a_training_split_do_for_a_saved_model(make_image_folder):
+    root = make_image_folder(("ant", "bee"), per_class=1, splits=("val", "test"))
+    splits = load_image_dataset(root, class_names=["ant", "bee"])
+    assert {split: images["label"][:] for split, images in splits.items()} == {"validation": [0, 1], "test": [0, 1]}
+    assert "no training split among 'validation', 'test'" in message(root)
+
+
 def test_a_missing_path_gets_the_closest_name(make_image_folder):
     root = make_image_folder()
     for source in (root.with_name("fotos"), str(root.with_name("photo"))):

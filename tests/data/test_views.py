@@ -114,12 +114,19 @@ def test_a_view_is_a_function_of_seed_stage_epoch_and_sample_alone(photos, proce
     assert not any(map(torch.equal, pixels(first), expected))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_make_no_difference_even_when_they_outlive_the_epoch(photos, processor, method):
+def test_the_same_picture_in_two_rows_looks_different(photos, processor):
+    view = ImageView(photos.select([4, 4, 4]), processor, Augmentation())
+    one, two, three = pixels(view)
+    assert not torch.equal(one, two)
+    assert not torch.equal(two, three)
+
+
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_make_no_difference_even_when_they_outlive_the_epoch(photos, processor, method, num_workers):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this system")
     view = ImageView(photos, processor, EVERYTHING)
-    options = {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": method}
+    options = {"num_workers": num_workers, "persistent_workers": True, "multiprocessing_context": method}
     loaders = [
         DataLoader(view, batch_size=5, collate_fn=collate),
         DataLoader(view, batch_size=3, collate_fn=collate, **options),

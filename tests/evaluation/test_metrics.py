@@ -15,6 +15,7 @@ from transformers import EvalPrediction
 
 from torchthaw import ClassificationMetrics
 from torchthaw.errors import DataError
+from torchthaw.evaluation.calibration import reliability_bins
 from torchthaw.evaluation.metrics import classification_metrics, compute_metrics
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -130,13 +131,13 @@ def test_loss_stays_finite_where_float32_probabilities_underflow():
     assert metrics["loss"] == 500.0
 
 
-def test_confidence_on_a_bin_edge_belongs_to_the_lower_bin():
-    # Confidences 0.8 and 0.801 lie on both sides of the edge 12/15: in one bin, a right and a wrong image would
-    # nearly cancel.
-    logits = np.log([[0.8, 0.2], [0.801, 0.199]])
-    logits -= logits.max(axis=1, keepdims=True)
-    metrics = classification_metrics(logits, [1, 0], ["ant", "bee"])
-    assert metrics["ece"] == pytest.approx((0.8 + 0.199) / 2, abs=1e-9)
+@pytest.mark.parametrize("edge", [3, 6, 9, 12])
+def test_confidence_on_a_bin_edge_belongs_to_the_lower_bin(edge):
+    rest = (1 - edge / 15) / 12
+    probabilities = np.array([[edge / 15, *[rest] * 12]])
+    count, confidence, accuracy = reliability_bins(probabilities, np.array([0]))
+    assert np.flatnonzero(count).tolist() == [edge - 1]
+    assert (confidence[edge - 1], accuracy[edge - 1]) == (edge / 15, 1.0)
 
 
 def test_intervals_can_be_left_out():

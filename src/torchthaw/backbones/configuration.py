@@ -92,11 +92,11 @@ class TorchvisionConfig(PreTrainedConfig):
     @property
     def num_labels(self) -> int:
         """Number of classes. Setting another number renames the classes to `class_0`, `class_1` ..."""
-        return len(self.id2label)
+        return len(names_by_id(self.id2label))
 
     @num_labels.setter
     def num_labels(self, num_labels: int) -> None:
-        if num_labels != len(self.id2label):
+        if num_labels != self.num_labels:
             self.id2label = _default_names(num_labels)
 
     @classmethod
@@ -113,7 +113,7 @@ class TorchvisionConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
-def names_by_id(names: Sequence[str] | Mapping[int, str] | Mapping[str, str]) -> dict[int, str]:
+def names_by_id(names: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None) -> dict[int, str]:
     """Returns class names as a mapping from 0, 1, 2 ... in order; keys may be strings, as in JSON.
 
     Raises:
@@ -122,7 +122,10 @@ def names_by_id(names: Sequence[str] | Mapping[int, str] | Mapping[str, str]) ->
     if isinstance(names, str) or not isinstance(names, Mapping | Sequence):
         raise ValueError(f"id2label must be a list of class names or a mapping from ids to names, not {names!r}.")
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-    by_id = dict(sorted((int(key), name) for key, name in pairs))
+    try:
+        by_id = dict(sorted((int(key), name) for key, name in pairs))
+    except (TypeError, ValueError):
+        raise ValueError(f"The keys of id2label must be the ids 0, 1, 2 ..., not {list(names)[:5]}.") from None
     if list(by_id) != list(range(len(by_id))) or not by_id:
         raise ValueError(
             f"id2label must number at least one class as 0, 1, 2 ... without gaps; its ids are {list(by_id)[:10]}."

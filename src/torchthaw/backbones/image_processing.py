@@ -12,7 +12,6 @@ from torch import Tensor
 from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
-from torchvision.transforms.functional import _interpolation_modes_from_int
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
@@ -20,6 +19,16 @@ from transformers.image_utils import load_image
 from .anatomy import check_image_size, closest, family_of
 
 _RESCALE_FACTOR = 1 / 255
+
+# The position in this list is PIL's number of the interpolation.
+_RESAMPLE = [
+    InterpolationMode.NEAREST,
+    InterpolationMode.LANCZOS,
+    InterpolationMode.BILINEAR,
+    InterpolationMode.BICUBIC,
+    InterpolationMode.BOX,
+    InterpolationMode.HAMMING,
+]
 
 
 class TorchvisionImageProcessor(BaseImageProcessor):
@@ -116,18 +125,20 @@ class TorchvisionImageProcessor(BaseImageProcessor):
     def _of_weights(
         cls, architecture: str, weights: str | PathLike[str] | WeightsEnum | None
     ) -> "TorchvisionImageProcessor":
-        members = get_model_weights(architecture)
-        source: Any = members.__members__.get("IMAGENET1K_V1", members.DEFAULT)
+        source: Any = None
         if weights is not None:
             # Imported by name: a copy of this file beside a saved model has no such neighbour, and does not need it.
-            source = importlib.import_module("torchthaw.backbones.weights").locate(architecture, weights) or source
+            source = importlib.import_module("torchthaw.backbones.weights").locate(architecture, weights)
+        if source is None or (isinstance(source, Path) and not source.is_dir()):
+            members = get_model_weights(architecture)
+            source = members.__members__.get("IMAGENET1K_V1", members.DEFAULT)
         if not isinstance(source, WeightsEnum):
             return cls.from_pretrained(source)
         preset = source.transforms()
         return cls(
             size={"shortest_edge": preset.resize_size[0]},
             crop_size=preset.crop_size[0],
-            resample=_RESAMPLE[preset.interpolation],
+            resample=_RESAMPLE.index(preset.interpolation),
             antialias=preset.antialias,
             image_mean=preset.mean,
             image_std=preset.std,
@@ -135,10 +146,9 @@ class TorchvisionImageProcessor(BaseImageProcessor):
 
     def resized(self, image_size: int) -> "TorchvisionImageProcessor":
         """Returns a processor that crops to `image_size` pixels and resizes before that in proportion."""
-        settings = {name: getattr(self, name) for name in self._settings}
         scale = image_size / self.crop_size["height"]
-        settings["size"] = {key: round(pixels * scale) for key, pixels in self.size.items()}
-        return type(self)(**(settings | {"crop_size": image_size}))
+        size = {key: round(pixels * scale) for key, pixels in self.size.items()}
+        return self.with_settings(size=size, crop_size=image_size)
 
     def preprocess(
         self, images: Any, return_tensors: str | None = None, input_data_format: str | None = None, **overrides: Any
@@ -168,7 +178,8 @@ class TorchvisionImageProcessor(BaseImageProcessor):
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
             raise ValueError(
-                f"Images of the sizes {sorted(shapes)} cannot be one batch. Turn do_center_crop on, or pass one at a time."
+                f"Images of the sizes {sorted(shapes)} cannot be one batch. Turn do_center_crop on, or pass one image "
+                "at a time."
             )
         return BatchFeature({"pixel_values": torch.stack(tensors)}, tensor_type=return_tensors)
 
@@ -181,8 +192,7 @@ class TorchvisionImageProcessor(BaseImageProcessor):
         if self.do_resize:
             size = self.size
             edges = [size["shortest_edge"]] if "shortest_edge" in size else [size["height"], size["width"]]
-            mode = _interpolation_modes_from_int(self.resample)
-            image = F.resize(image, edges, interpolation=mode, antialias=self.antialias)
+            image = F.resize(image, edges, interpolation=_RESAMPLE[self.resample], antialias=self.antialias)
         if self.do_center_crop:
             image = F.center_crop(image, [self.crop_size["height"], self.crop_size["width"]])
         if isinstance(image, Image.Image):
@@ -292,8 +302,8 @@ def _channels_last(pixels: np.ndarray, first_by_default: bool, input_data_format
         pixels = pixels.transpose(1, 2, 0) if is_first else pixels
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
         raise ValueError(
-            f"Cannot read an array of shape {pixels.shape} as an image. Pass (height, width), (height, width, channels) "
-            "or (channels, height, width) with 1, 3 or 4 channels."
+            f"Cannot read an array of shape {pixels.shape} as an image. Pass (height, width), (height, width, "
+            "channels) or (channels, height, width) with 1, 3 or 4 channels."
         )
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., :3]
 
@@ -323,14 +333,5 @@ def _size(size: dict[str, int] | int, *keys: str) -> dict[str, int]:
         raise ValueError(f"A size has the key 'shortest_edge' or the keys 'height' and 'width', not {sorted(size)}.")
     return size
 
-
-_RESAMPLE = {
-    InterpolationMode.NEAREST: 0,
-    InterpolationMode.LANCZOS: 1,
-    InterpolationMode.BILINEAR: 2,
-    InterpolationMode.BICUBIC: 3,
-    InterpolationMode.BOX: 4,
-    InterpolationMode.HAMMING: 5,
-}
 
 __all__ = ["TorchvisionImageProcessor", "to_rgb"]

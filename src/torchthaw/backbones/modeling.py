@@ -21,8 +21,8 @@ from torchvision.ops import StochasticDepth
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutput
 
-from .anatomy import CLASSIFIER, FAMILIES, HEAD, closest, family_of, group_paths
-from .configuration import TorchvisionConfig
+from .anatomy import FAMILIES, HEAD, closest, family_of, group_paths
+from .configuration import TorchvisionConfig, names_by_id
 
 Model = TypeVar("Model", bound="TorchvisionPreTrainedModel")
 
@@ -53,7 +53,6 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
     config_class = TorchvisionConfig
     base_model_prefix = _PREFIX
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules = sorted({block for family in FAMILIES for block in family.blocks})
@@ -125,7 +124,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         if id2label is not None and not pretrained.head_fits(id2label):
             model.replace_head(id2label)
         elif id2label is not None:
-            model.config.id2label = id2label
+            model.config.id2label = names_by_id(id2label)
         return model.eval()
 
     def layer_groups(self) -> dict[str, LayerGroup]:
@@ -185,7 +184,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
             id2label: Class names in the order of the logits.
         """
         config = self.config
-        config.id2label = id2label
+        config.id2label = names_by_id(id2label)
         family = family_of(config.architecture)
         for path in (family.final_layer, *(family.auxiliary if config.aux_logits else ())):
             old = self.backbone.get_submodule(path)
@@ -240,8 +239,10 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         family = family_of(self.config.architecture)
         if family.blocks:
             blocks = [module for module in self.backbone.modules() if type(module).__name__ in family.blocks]
-            forwards = {block: _Recomputed(block.forward, block, self._checkpoint_function) for block in blocks}
-            forwards = dict(list(forwards.items())[:: self._checkpoint_every])
+            forwards: dict[nn.Module, Callable[..., Any]] = {
+                block: _Recomputed(block.forward, block, self._checkpoint_function)
+                for block in blocks[:: self._checkpoint_every]
+            }
         else:
             assert family.by_resolution is not None
             container = self.backbone.get_submodule(family.by_resolution)
@@ -314,7 +315,7 @@ class TorchvisionModel(TorchvisionPreTrainedModel):
         for path in family_of(self.config.architecture).auxiliary:
             setattr(self.backbone, path.split(".")[0], None)
         if hasattr(self.backbone, "aux_logits"):
-            self.backbone.aux_logits = False
+            setattr(self.backbone, "aux_logits", False)  # noqa: B010 - mypy takes it for a module
 
     def forward(
         self,
@@ -458,7 +459,7 @@ class _PlainNumbers(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.arange:
             kwargs |= {"device": "cpu", "dtype": torch.float32}
-        elif func is torch.tensor:
+        elif func is torch.tensor and isinstance(args[0], list):  # A plain number is a statistic of BatchNorm.
             kwargs |= {"device": "cpu"}
         return func(*args, **kwargs)
 

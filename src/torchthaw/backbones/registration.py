@@ -12,6 +12,4 @@ def register_auto_classes() -> None:
     AutoConfig.register(TorchvisionConfig.model_type, TorchvisionConfig, exist_ok=True)
     AutoModel.register(TorchvisionConfig, TorchvisionModel, exist_ok=True)
     AutoModelForImageClassification.register(TorchvisionConfig, TorchvisionForImageClassification, exist_ok=True)
-    AutoImageProcessor.register(
-        TorchvisionConfig, slow_image_processor_class=TorchvisionImageProcessor, exist_ok=True
-    )
+    AutoImageProcessor.register(TorchvisionConfig, slow_image_processor_class=TorchvisionImageProcessor, exist_ok=True)

@@ -116,24 +116,29 @@ def resolve_weights(architecture: str, weights: str | PathLike[str] | WeightsEnu
     Raises:
         WeightsError: If they are unknown, unreachable, unreadable, or of another architecture.
     """
+    source = locate(architecture, weights)
+    if isinstance(source, WeightsEnum):
+        return _from_enum(architecture, source)
+    if isinstance(source, Path) and not source.is_dir():
+        return _from_file(architecture, source)
+    return _from_saved(architecture, source)
+
+
+def locate(architecture: str, weights: str | PathLike[str] | WeightsEnum) -> WeightsEnum | Path | str:
+    """Returns where weights are: torchvision's enum member, a file, the folder of a model, or a Hub repository (text).
+
+    Raises:
+        WeightsError: If torchvision has no weights of that name, or the built-in ones are of another architecture.
+    """
     family_of(architecture)
-    if isinstance(weights, WeightsEnum) or _is_enum_name(weights):
-        return _from_enum(find_member(architecture, weights))
+    if isinstance(weights, WeightsEnum):
+        return find_member(architecture, weights)
     if weights == BUILTIN:
-        return _from_saved(architecture, builtin_folder(architecture), "torchthaw's built-in weights")
+        return builtin_folder(architecture)
     path = Path(weights)
-    if path.is_dir():
-        return _from_saved(architecture, path, f"the folder {path}")
-    if path.is_file() or path.suffix in _FILE_SUFFIXES:
-        return _from_file(architecture, path)
-    return _from_saved(architecture, str(weights), f"the Hub repository {weights}")
-
-
-def _is_enum_name(weights: object) -> bool:
-    """Whether the text can be a name of torchvision's enums only: no slash, no suffix of a file, no such path."""
-    if not isinstance(weights, str) or weights == BUILTIN or Path(weights).exists():
-        return False
-    return "/" not in weights and "\\" not in weights and Path(weights).suffix not in _FILE_SUFFIXES
+    if path.exists() or path.suffix in _FILE_SUFFIXES:
+        return path
+    return str(weights) if "/" in str(weights) else find_member(architecture, weights)
 
 
 def find_member(architecture: str, weights: object) -> WeightsEnum:
@@ -152,9 +157,10 @@ def find_member(architecture: str, weights: object) -> WeightsEnum:
     name = str(weights).removeprefix(f"{members.__name__}.")
     if name not in members.__members__:
         raise WeightsError(
-            f"torchvision has no weights {weights!r} for {architecture}.{did_you_mean(name.upper(), members.__members__)} "
-            f"Its weights are: {_names(architecture)}. Other choices: a .pth, .pt or .safetensors file, a folder or Hub "
-            f"repository (user/name) that torchthaw saved, {BUILTIN!r}, or None for random weights."
+            f"torchvision has no weights {weights!r} for {architecture}."
+            f"{did_you_mean(name.upper(), members.__members__)} Its weights are: {_names(architecture)}. "
+            "Other choices: a .pth, .pt or .safetensors file, a folder or Hub repository (user/name) that torchthaw "
+            f"saved, {BUILTIN!r}, or None for random weights."
         )
     return members[name]
 
@@ -163,8 +169,7 @@ def _names(architecture: str) -> str:
     return ", ".join(get_model_weights(architecture).__members__)
 
 
-def _from_enum(member: WeightsEnum) -> PretrainedWeights:
-    architecture = _architecture_of(member)
+def _from_enum(architecture: str, member: WeightsEnum) -> PretrainedWeights:
     try:
         state_dict = member.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, http.client.HTTPException) as error:
@@ -181,10 +186,6 @@ def _from_enum(member: WeightsEnum) -> PretrainedWeights:
         transform_input=bool(family_of(architecture).auxiliary),
         description=f"torchvision's {member}",
     )
-
-
-def _architecture_of(member: WeightsEnum) -> str:
-    return next(name for name in list_architectures() if isinstance(member, get_model_weights(name)))
 
 
 def _no_download(member: WeightsEnum, error: Exception) -> str:
@@ -214,7 +215,7 @@ def builtin_folder(architecture: str) -> Path:
     if architecture != BUILTIN_ARCHITECTURE:
         raise WeightsError(
             f"The built-in weights are those of {BUILTIN_ARCHITECTURE}, not {architecture}. Write "
-            f"from_torchvision({BUILTIN_ARCHITECTURE!r}, weights={BUILTIN!r}), or choose other weights for {architecture}."
+            f"from_torchvision({BUILTIN_ARCHITECTURE!r}, weights={BUILTIN!r}), or choose other weights."
         )
     if not (BUILTIN_FOLDER / "model.safetensors").is_file():
         raise WeightsError(
@@ -224,7 +225,8 @@ def builtin_folder(architecture: str) -> Path:
     return BUILTIN_FOLDER
 
 
-def _from_saved(architecture: str, source: str | Path, description: str) -> PretrainedWeights:
+def _from_saved(architecture: str, source: str | Path) -> PretrainedWeights:
+    description = f"the {'folder' if isinstance(source, Path) else 'Hub repository'} {source}"
     try:
         model = TorchvisionForImageClassification.from_pretrained(source)
     except (OSError, SafetensorError) as error:
@@ -242,7 +244,7 @@ def _from_saved(architecture: str, source: str | Path, description: str) -> Pret
     return PretrainedWeights(
         architecture=architecture,
         state_dict=model.backbone.state_dict(),
-        categories=tuple(config.id2label.values()),
+        categories=tuple(names_by_id(config.id2label).values()),
         transform_input=config.transform_input,
         description=description,
         image_size=config.image_size,

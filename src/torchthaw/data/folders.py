@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torchthaw.data.images import image_extensions
 from torchthaw.errors import DataError
@@ -33,12 +34,12 @@ class Record:
     Attributes:
         file: Where it is.
         path: The same relative to the source, with forward slashes.
-        label: Class name, or a whole number.
+        label: Class name or whole number; of a metadata file, whatever is written there.
     """
 
     file: str
     path: str
-    label: str | int
+    label: Any
 
 
 def split_of(name: str) -> str | None:
@@ -63,8 +64,8 @@ def metadata_file(folder: Path) -> Path | None:
 def split_folders(root: Path) -> dict[str, Path] | None:
     """Decides whether the top-level folders are splits.
 
-    They are when one is named like a training split and holds class folders or a metadata file. A class may be called
-    "test", so names alone decide nothing.
+    They are when one is named like a training split, or all like others, and hold class folders or a metadata file. A
+    class may be called "test", so names alone decide nothing.
 
     Returns:
         The folder of each split, or `None` where the top-level folders are classes.
@@ -78,8 +79,9 @@ def split_folders(root: Path) -> dict[str, Path] | None:
     others = [folder for split, folder in named if not split and next(_images(folder), None)]
     train = next((folder for split, folder in splits if split == "train"), None)
     if train is None:
-        return None
-    if not _subfolders(train) and not metadata_file(train):
+        are_splits = not others and all(map(_is_labelled, (folder for _, folder in splits)))
+        return dict(splits) if splits and are_splits else None
+    if not _is_labelled(train):
         if others:
             return None
         raise DataError(
@@ -151,6 +153,10 @@ def relative(file: str, root: Path) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"The file name {path!r} is not valid UTF-8; rename the file.") from error
     return path
+
+
+def _is_labelled(folder: Path) -> bool:
+    return bool(_subfolders(folder) or metadata_file(folder))
 
 
 def _subfolders(folder: Path) -> list[Path]:

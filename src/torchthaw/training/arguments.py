@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from torchthaw.data.augmentation import Augmentation, make_augmentation
@@ -19,7 +20,8 @@ class ThawTrainingArguments(TrainingArguments):
     leaves open in proportion); `weight_decay` is that of the backbone's family; batches have 32 images; loss is logged
     every epoch; validation and checkpoints come every epoch, and the weights with the best validation accuracy are
     loaded at the end; nothing is reported to other services unless `report_to` names them; a loss that is not finite
-    ends the run; columns are kept (`remove_unused_columns=False`), because images are decoded on the fly.
+    ends the run; columns are kept (`remove_unused_columns=False`), because images are decoded on the fly; memory is
+    pinned only where there is CUDA.
 
     Args:
         output_dir: Folder of checkpoints.
@@ -48,6 +50,7 @@ class ThawTrainingArguments(TrainingArguments):
     remove_unused_columns: bool | None = False
     logging_nan_inf_filter: bool = False
     report_to: Any = "none"
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
 
     def __post_init__(self) -> None:

@@ -18,12 +18,13 @@ from transformers.trainer_utils import TrainOutput
 
 from torchthaw.backbones.anatomy import uses_transformer_recipe
 from torchthaw.data.augmentation import make_augmentation
+from torchthaw.data.loading import load_image_dataset
 from torchthaw.data.views import ImageView, collate
 from torchthaw.errors import PlanError, TrainingError
 from torchthaw.evaluation.metrics import compute_metrics as classification_compute_metrics
 from torchthaw.stages.freezing import Frozen, freeze_for_stage, resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
-from torchthaw.stages.plan import Stage, StagePlan
+from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
 from torchthaw.stages.presets import family_defaults, fill_defaults
 from torchthaw.stages.proof import check_unchanged, frozen_fingerprints
 from torchthaw.training.arguments import ThawTrainingArguments
@@ -77,6 +78,11 @@ class ThawTrainer(Trainer):
                 "optimizers was passed, but every stage makes its own optimizer for what it trains; choose the kind "
                 "with ThawTrainingArguments(optim=...), and rates in the plan"
             )
+        if eval_dataset is None and args.eval_strategy != "no":
+            raise PlanError(
+                "there is no eval_dataset to choose the best weights by; pass validation images (split_dataset cuts some "
+                "off), or ThawTrainingArguments(eval_strategy='no', load_best_model_at_end=False)"
+            )
         kwargs.setdefault("compute_metrics", classification_compute_metrics)
         kwargs.setdefault("data_collator", collate)
         self.stage: Stage | None = None
@@ -84,6 +90,7 @@ class ThawTrainer(Trainer):
         self._stage_index = 0
         self._stage_steps = 0
         self._frozen: Frozen | None = None
+        self._used_rates: dict[str, float] = {}
         self._run_start = (0.0, 0)
         self._earlier_loss = 0.0
         super().__init__(
@@ -114,8 +121,11 @@ class ThawTrainer(Trainer):
                 "the data set has an image column but there is no image processor to prepare it; pass "
                 "processing_class=TorchvisionImageProcessor.from_torchvision(...)"
             )
+        # Labels are numbered by the model's classes, whatever order the data set has.
+        names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+        images = load_image_dataset(dataset, class_names=names)["train"]
         augmentation = make_augmentation(self.args.augmentation) if train else None
-        return ImageView(dataset, self.processing_class, augmentation, seed=self.args.data_seed or self.args.seed)
+        return ImageView(images, self.processing_class, augmentation, seed=self.args.data_seed or self.args.seed)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         return super().evaluate(self._as_view(eval_dataset, train=False), *args, **kwargs)
@@ -124,7 +134,7 @@ class ThawTrainer(Trainer):
         return super().predict(self._as_view(test_dataset, train=False), *args, **kwargs)
 
     def _check_batch_size(self) -> None:
-        images = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        images = self._num_train_images()
         if images is not None and self.args.train_batch_size > images:
             raise PlanError(
                 f"the batch size is {self.args.train_batch_size}, but there are {images} training images, so that an "
@@ -155,6 +165,15 @@ class ThawTrainer(Trainer):
             head_rate=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
         )
+
+    def batch_norm_policy(self, stage: Stage) -> BatchNormPolicy:
+        """Returns the BatchNorm policy of a stage's live groups, `auto` resolved for this data and batch size."""
+        return resolve_batch_norm(
+            stage.batch_norm, num_images=self._num_train_images(), batch_size=self.args.per_device_train_batch_size
+        )
+
+    def _num_train_images(self) -> int | None:
+        return len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
 
     # One run made of stages
 
@@ -192,12 +211,7 @@ class ThawTrainer(Trainer):
 
     def _begin_stage(self, index: int, stage: Stage) -> dict[str, str]:
         self.stage, self._stage_index = stage, index
-        policy = resolve_batch_norm(
-            stage.batch_norm,
-            num_images=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
-            batch_size=self.args.per_device_train_batch_size,
-        )
-        self._frozen = freeze_for_stage(self.model, stage, policy)
+        self._frozen = freeze_for_stage(self.model, stage, self.batch_norm_policy(stage))
         self.optimizer = self.lr_scheduler = None
         # A wrap made for other trainable parameters would not reduce the gradients of the new ones.
         self.model_wrapped = self.model
@@ -208,7 +222,7 @@ class ThawTrainer(Trainer):
         assert self._frozen is not None
         check_unchanged(before, self.model, stage.name)
         epochs = round((self.state.epoch or 0) - first_epoch)
-        images = epochs * len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+        images = epochs * (self._num_train_images() or 0)
         key = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
         values = [
             entry[key] for entry in self.state.log_history if entry.get("stage") == self._stage_index and key in entry
@@ -270,6 +284,11 @@ class ThawTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _get_learning_rate(self) -> float:
+        # `Trainer` asks after the optimizer's step and before the schedule's: these are the rates that were used.
+        self._used_rates = {f"learning_rate/{g['layer_group']}": float(g["lr"]) for g in self.optimizer.param_groups}
+        return super()._get_learning_rate()
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
@@ -283,13 +302,21 @@ class ThawTrainer(Trainer):
             )
         return loss
 
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        labels = inputs.get("labels")
+        if self.label_smoother is None or labels is None or labels.ndim < 2:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        # Trainer's smoothing takes class ids; mixup gives a distribution over the classes.
+        share = self.args.label_smoothing_factor
+        outputs = model(**{**inputs, "labels": (1 - share) * labels + share / labels.shape[1]})
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs as `Trainer` does, with the stage's number and the learning rate of every layer group."""
         if self.stage is not None:
             logs["stage"] = self._stage_index
-            if "loss" in logs and self.optimizer is not None:
-                for group in self.optimizer.param_groups:
-                    logs[f"learning_rate/{group['layer_group']}"] = group["lr"]
+            if "loss" in logs:
+                logs.update(self._used_rates)
         super().log(logs, *args, **kwargs)
         if self.stage is not None:
             # A name is not a number, so reporters such as TensorBoard only get the stage's index.
