@@ -34,7 +34,7 @@ def shared_weights() -> Path:
 
 
 def draw_image(class_index: int, number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """Draws a picture whose class shows in its colour: a noisy field with one bright channel. Size is (width, height)."""
+    """Draws a picture whose class shows in its colour: a noisy field with one bright channel."""
     random = np.random.default_rng(1000 * class_index + number)
     pixels = random.integers(0, 120, size=(size[1], size[0], 3), dtype=np.uint8)
     pixels[..., class_index % 3] += 100

@@ -36,7 +36,8 @@ def load_saved(source: str) -> tuple[TorchvisionForImageClassification, Torchvis
         processor = TorchvisionImageProcessor.from_pretrained(source)
     except OSError as error:
         raise ThawError(f"no model could be loaded from {source!r}: {error}") from error
-    return model.to(best_device()).eval(), processor
+    model.eval().to(device=best_device())
+    return model, processor
 
 
 def evaluate_saved(source: str, data: str, split: str, *, batch_size: int = 32, reporter: Reporter) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def evaluate_saved(source: str, data: str, split: str, *, batch_size: int = 32, 
         DataError: the data has no such split, or a class that the model does not know.
     """
     model, processor = load_saved(source)
-    names = _class_names(model)
+    names = model.config.class_names
     is_hub_name = not Path(data).exists() and data.count("/") == 1
     section = DataRecipe(name=data) if is_hub_name else DataRecipe(path=data)
     splits = load_data(section, class_names=names)
@@ -78,7 +79,7 @@ def predict_paths(
     """
     files = _image_files(paths)
     model, processor = load_saved(source)
-    names = _class_names(model)
+    names = model.config.class_names
     columns = {"image": [{"path": f, "bytes": None} for f in files], "label": [0] * len(files), "path": files}
     features = Features(image=Image(decode=False), label=ClassLabel(names=names), path=Value("string"))
     images, _ = check_images(Dataset.from_dict(columns, features=features), progress=not reporter.quiet)
@@ -131,10 +132,6 @@ def layer_group_table(architecture: str) -> list[dict[str, Any]]:
         }
         for name, group in model.layer_groups().items()
     ]
-
-
-def _class_names(model: TorchvisionForImageClassification) -> list[str]:
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 
 def _image_files(paths: Sequence[str]) -> list[str]:

@@ -99,6 +99,11 @@ class TorchvisionConfig(PreTrainedConfig):
         if num_labels != self.num_labels:
             self.id2label = _default_names(num_labels)
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of the logits."""
+        return list(names_by_id(self.id2label).values())
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds a configuration from its fields; names or a number of classes in `kwargs` replace the stored ones."""

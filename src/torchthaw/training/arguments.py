@@ -34,7 +34,7 @@ class ThawTrainingArguments(TrainingArguments):
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`.
     """
 
-    plan: dict[str, Any] | str = "staged"  # type: ignore[assignment]
+    plan: dict[str, Any] | str = "staged"
     augmentation: dict[str, Any] | str | None = None
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
@@ -47,7 +47,7 @@ class ThawTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 1
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "accuracy"
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
     report_to: Any = "none"
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)

@@ -11,10 +11,12 @@ from transformers.trainer_callback import CallbackHandler
 class _OneRunCallbackHandler(CallbackHandler):
     """Fires `on_train_begin` at the first stage only: every stage passes through the Trainer's loop from its start."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> Any:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> Any:
         if state.global_step > 0:
             return control
-        return super().on_train_begin(args, state, control)
+        return super().on_train_begin(args, state, control, **kwargs)
 
 
 def fire_train_begin_once(handler: CallbackHandler) -> None:

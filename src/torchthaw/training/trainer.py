@@ -6,7 +6,8 @@ read in transformers 5.10, 5.17 and 5.23.
 """
 
 import time
-from typing import Any
+from collections.abc import Sized
+from typing import Any, cast
 
 import torch
 from datasets import Dataset as ImageDataset
@@ -17,6 +18,8 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
 from torchthaw.backbones.anatomy import uses_transformer_recipe
+from torchthaw.backbones.image_processing import TorchvisionImageProcessor
+from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.augmentation import make_augmentation
 from torchthaw.data.loading import load_image_dataset
 from torchthaw.data.views import ImageView, collate
@@ -40,7 +43,7 @@ class ThawTrainer(Trainer):
     accuracy, macro F1 and balanced accuracy; the collator stacks images and labels.
 
     Args:
-        model: A `TorchvisionForImageClassification`, or any model with `layer_groups()` and `hold_in_eval()`.
+        model: A `TorchvisionForImageClassification`.
         args: The arguments, plan included.
         train_dataset: Training images: a `datasets.Dataset` with columns `image` and `label`, or any data set that
             gives `pixel_values` (3, height, width) and `labels`.
@@ -58,10 +61,11 @@ class ThawTrainer(Trainer):
     """
 
     args: ThawTrainingArguments
+    model: TorchvisionForImageClassification
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: TorchvisionForImageClassification | None = None,
         args: ThawTrainingArguments | None = None,
         train_dataset: Dataset | ImageDataset | None = None,
         eval_dataset: Dataset | ImageDataset | dict[str, Dataset] | None = None,
@@ -80,8 +84,8 @@ class ThawTrainer(Trainer):
             )
         if eval_dataset is None and args.eval_strategy != "no":
             raise PlanError(
-                "there is no eval_dataset to choose the best weights by; pass validation images (split_dataset cuts some "
-                "off), or ThawTrainingArguments(eval_strategy='no', load_best_model_at_end=False)"
+                "there is no eval_dataset to choose the best weights by; pass validation images (split_dataset cuts "
+                "some off), or ThawTrainingArguments(eval_strategy='no', load_best_model_at_end=False)"
             )
         kwargs.setdefault("compute_metrics", classification_compute_metrics)
         kwargs.setdefault("data_collator", collate)
@@ -122,10 +126,10 @@ class ThawTrainer(Trainer):
                 "processing_class=TorchvisionImageProcessor.from_torchvision(...)"
             )
         # Labels are numbered by the model's classes, whatever order the data set has.
-        names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
-        images = load_image_dataset(dataset, class_names=names)["train"]
-        augmentation = make_augmentation(self.args.augmentation) if train else None
-        return ImageView(images, self.processing_class, augmentation, seed=self.args.data_seed or self.args.seed)
+        images = load_image_dataset(dataset, class_names=self.model.config.class_names)["train"]
+        augmentation = make_augmentation(self.args.augmentation or "none") if train else None
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ImageView(images, cast(TorchvisionImageProcessor, self.processing_class), augmentation, seed=seed)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         return super().evaluate(self._as_view(eval_dataset, train=False), *args, **kwargs)
@@ -145,8 +149,7 @@ class ThawTrainer(Trainer):
 
     def _complete_arguments(self) -> None:
         """Fills what depends on the backbone into arguments that were left open."""
-        config = getattr(self.model, "config", None)
-        self._transformer = uses_transformer_recipe(getattr(config, "architecture", "resnet50"))
+        self._transformer = uses_transformer_recipe(self.model.config.architecture)
         defaults = family_defaults(transformer=self._transformer)
         if self.args.learning_rate is None:
             self.args.learning_rate = defaults.head_rate
@@ -173,7 +176,7 @@ class ThawTrainer(Trainer):
         )
 
     def _num_train_images(self) -> int | None:
-        return len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        return len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
 
     # One run made of stages
 
@@ -277,7 +280,7 @@ class ThawTrainer(Trainer):
             steps = self._stage_steps or num_training_steps
             self.lr_scheduler = get_scheduler(
                 stage.schedule,
-                optimizer=optimizer or self.optimizer,
+                optimizer=optimizer or self.create_optimizer(),
                 num_warmup_steps=round(stage.warmup * steps),
                 num_training_steps=steps,
             )
@@ -286,7 +289,10 @@ class ThawTrainer(Trainer):
 
     def _get_learning_rate(self) -> float:
         # `Trainer` asks after the optimizer's step and before the schedule's: these are the rates that were used.
-        self._used_rates = {f"learning_rate/{g['layer_group']}": float(g["lr"]) for g in self.optimizer.param_groups}
+        self._used_rates = {
+            f"learning_rate/{group['layer_group']}": float(group["lr"])
+            for group in self.create_optimizer().param_groups
+        }
         return super()._get_learning_rate()
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -302,10 +308,16 @@ class ThawTrainer(Trainer):
             )
         return loss
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         labels = inputs.get("labels")
         if self.label_smoother is None or labels is None or labels.ndim < 2:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Trainer's smoothing takes class ids; mixup gives a distribution over the classes.
         share = self.args.label_smoothing_factor
         outputs = model(**{**inputs, "labels": (1 - share) * labels + share / labels.shape[1]})
@@ -320,7 +332,7 @@ class ThawTrainer(Trainer):
         super().log(logs, *args, **kwargs)
         if self.stage is not None:
             # A name is not a number, so reporters such as TensorBoard only get the stage's index.
-            self.state.log_history[-1]["stage_name"] = self.stage.name
+            cast(dict[str, Any], self.state.log_history[-1])["stage_name"] = self.stage.name
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         last = self._stage_index == len(self.plan.stages) - 1 or self.control.should_training_stop
