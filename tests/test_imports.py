@@ -19,6 +19,7 @@ LAYERS = [
     {"training"},
     {"sharing"},
     {"recipe", "console"},
+    {"preparation"},
     {"run"},
     {"use"},
     {"cli"},

@@ -3,8 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,40 +12,26 @@ import numpy as np
 import psutil
 import torch
 import transformers
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from torchthaw._version import __version__
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.registration import register_auto_classes
 from torchthaw.console import Bar, Reporter
-from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
-from torchthaw.data.images import BadImage, check_images
-from torchthaw.data.loading import load_image_dataset
-from torchthaw.data.splitting import split_dataset
 from torchthaw.data.views import ImageView
-from torchthaw.errors import DataError, RecipeError
+from torchthaw.errors import RecipeError
 from torchthaw.evaluation.files import replacing
 from torchthaw.evaluation.inference import predict_logits
 from torchthaw.evaluation.metrics import classification_metrics
 from torchthaw.evaluation.plots import plot_confusion_matrix, plot_curves, plot_learning_rates, plot_reliability
 from torchthaw.evaluation.predictions import write_predictions
-from torchthaw.recipe import DataRecipe, Recipe
+from torchthaw.preparation import PreparedData, as_user_error, build_model, prepare_data, selection_metric
+from torchthaw.recipe import Recipe
 from torchthaw.stages.plan import StagePlan
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.callbacks import ProgressCallback
 from torchthaw.training.trainer import ThawTrainer
-
-IMBALANCE_FOR_MACRO_F1 = 2.0
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Splits ready for training, and what was left out."""
-
-    splits: DatasetDict
-    class_names: list[str]
-    bad_images: list[BadImage]
 
 
 def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
@@ -68,7 +53,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     output = _fresh_output(recipe)
     data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
-    metric = _selection_metric(recipe, data)
+    metric = selection_metric(recipe, data)
     transformers.set_seed(recipe.seed)
     model, processor = build_model(recipe, data.class_names)
     trainer = _make_trainer(recipe, model, processor, data, metric, output)
@@ -99,64 +84,6 @@ def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     return results
 
 
-def prepare_data(recipe: DataRecipe, *, seed: int, reporter: Reporter) -> PreparedData:
-    """Loads, checks and splits the images of a recipe.
-
-    Raises:
-        DataError: the data cannot be read or does not fit.
-    """
-    splits = load_data(recipe)
-    bad: list[BadImage] = []
-    for name, images in splits.items():
-        splits[name], found = check_images(images, on_bad=recipe.on_bad_image, progress=not reporter.quiet)
-        bad.extend(found)
-    if bad:
-        reporter.say(f"Left out {len(bad)} unreadable images: {', '.join(image.path for image in bad[:5])} ...")
-    splits = split_dataset(splits, validation=recipe.validation, test=recipe.test, seed=seed)
-    if "validation" not in splits:
-        raise DataError("there are no validation images; write data: {validation: 0.15} to cut some off for training")
-    return PreparedData(splits, splits["train"].features["label"].names, bad)
-
-
-def load_data(recipe: DataRecipe, *, class_names: Sequence[str] | None = None) -> DatasetDict:
-    """Loads the splits that a recipe's data section names.
-
-    Args:
-        recipe: The section.
-        class_names: Classes of a trained model, by whose order labels are numbered; None takes the data's.
-    """
-    if recipe.path is not None and recipe.path.startswith(BUILTIN_PREFIX):
-        return load_builtin_dataset(recipe.path.removeprefix(BUILTIN_PREFIX))
-    source = recipe.path or recipe.name
-    assert source is not None
-    return load_image_dataset(
-        source,
-        name=recipe.config,
-        revision=recipe.revision,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-        class_names=class_names,
-    )
-
-
-def build_model(
-    recipe: Recipe, class_names: list[str]
-) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:
-    """Makes the model with a new head for the classes, and its image processor."""
-    model = TorchvisionForImageClassification.from_torchvision(
-        recipe.backbone,
-        weights=recipe.weights,
-        id2label=class_names,
-        image_size=recipe.image_size,
-        dropout=recipe.dropout,
-        stochastic_depth=recipe.stochastic_depth,
-    )
-    processor = TorchvisionImageProcessor.from_torchvision(
-        recipe.backbone, weights=recipe.weights, image_size=recipe.image_size
-    )
-    return model, processor
-
-
 def _fresh_output(recipe: Recipe) -> Path:
     output = Path(recipe.output or f"thaw-{recipe.backbone}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -165,13 +92,6 @@ def _fresh_output(recipe: Recipe) -> Path:
             f"pass another one, such as --output {output}-2, or remove it"
         )
     return output
-
-
-def _selection_metric(recipe: Recipe, data: PreparedData) -> str:
-    if recipe.metric != "auto":
-        return recipe.metric
-    counts = np.bincount(data.splits["train"]["label"], minlength=len(data.class_names))
-    return "macro_f1" if counts.max() >= IMBALANCE_FOR_MACRO_F1 * max(1, counts.min()) else "accuracy"
 
 
 def _make_trainer(
@@ -186,22 +106,23 @@ def _make_trainer(
     if recipe.weights is None:
         # Random weights come with random statistics, which must not be kept.
         plan = _train_batch_norm(plan)
-    arguments = ThawTrainingArguments(
-        output_dir=str(output / "stages"),
-        plan=plan.to_dict(),
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        augmentation=recipe.augmentation,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        metric_for_best_model=metric,
-        optim=recipe.optimizer,
-        max_grad_norm=recipe.max_grad_norm,
-        label_smoothing_factor=recipe.label_smoothing,
-        dataloader_num_workers=recipe.num_workers,
-        seed=recipe.seed,
-        disable_tqdm=True,
-    )
+    with as_user_error():
+        arguments = ThawTrainingArguments(
+            output_dir=str(output / "stages"),
+            plan=plan.to_dict(),
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            augmentation=recipe.augmentation,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=recipe.batch_size,
+            metric_for_best_model=metric,
+            optim=recipe.optimizer,
+            max_grad_norm=recipe.max_grad_norm,
+            label_smoothing_factor=recipe.label_smoothing,
+            dataloader_num_workers=recipe.num_workers,
+            seed=recipe.seed,
+            disable_tqdm=True,
+        )
     trainer = ThawTrainer(
         model=model,
         args=arguments,
@@ -288,7 +209,7 @@ def _announce(recipe: Recipe, trainer: ThawTrainer, data: PreparedData, metric: 
         shown = (
             f"{min(rates.values()):.1e} - {max(rates.values()):.1e}" if len(rates) > 1 else f"{rates[groups[-1]]:.1e}"
         )
-        rows.append((stage.name, " ".join(rates), stage.epochs, shown, stage.batch_norm))
+        rows.append((stage.name, " ".join(rates), stage.epochs, shown, trainer.batch_norm_policy(stage)))
     reporter.table(
         f"plan: {trainer.plan.name}, best weights by validation {metric}",
         ("stage", "trains", "epochs", "learning rates", "BatchNorm"),

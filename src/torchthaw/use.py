@@ -18,8 +18,8 @@ from torchthaw.data.views import ImageView
 from torchthaw.errors import DataError, ThawError, did_you_mean
 from torchthaw.evaluation.inference import best_device, predict_logits
 from torchthaw.evaluation.metrics import classification_metrics
+from torchthaw.preparation import load_data
 from torchthaw.recipe import DataRecipe
-from torchthaw.run import load_data
 
 
 def load_saved(source: str) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:

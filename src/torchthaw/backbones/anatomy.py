@@ -39,6 +39,7 @@ class Family:
         blocks: Class names of the repeated building blocks.
         auxiliary: Paths of the final layers of the auxiliary heads.
         auxiliary_weight: Weight of each auxiliary loss, from the paper of the architecture.
+        auxiliary_minimum: Smallest image size in pixels that the auxiliary heads can take.
         dropout: Name of torchvision's dropout argument.
         stochastic_depth: Whether the blocks have stochastic depth.
         fixed_size: Whether one network takes one image size only.
@@ -61,6 +62,7 @@ class Family:
     blocks: tuple[str, ...] = ()
     auxiliary: tuple[str, ...] = ()
     auxiliary_weight: float = 0.0
+    auxiliary_minimum: int = 1
     dropout: str | None = None
     stochastic_depth: bool = False
     fixed_size: bool = False
@@ -165,6 +167,7 @@ FAMILIES = (
         final_layer="fc",
         auxiliary=("AuxLogits.fc",),
         auxiliary_weight=0.4,
+        auxiliary_minimum=299,
         blocks=("InceptionA", "InceptionB", "InceptionC", "InceptionD", "InceptionE"),
         dropout="dropout",
     ),

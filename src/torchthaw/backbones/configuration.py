@@ -62,6 +62,11 @@ class TorchvisionConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{option}=True is for googlenet and inception_v3 only; {architecture} has no such option."
                 )
+        if aux_logits and image_size is not None and image_size < family.auxiliary_minimum:
+            raise ValueError(
+                f"The auxiliary head of {architecture} needs images of at least {family.auxiliary_minimum} pixels, and "
+                f"image_size is {image_size}. Leave aux_logits out, or write a larger image_size."
+            )
         if kwargs.get("problem_type") == "regression":
             raise ValueError(
                 "problem_type='regression' is not image classification. Leave it out, or write "
@@ -106,15 +111,14 @@ class TorchvisionConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds a configuration from its fields; names or a number of classes in `kwargs` replace the stored ones."""
+        """Builds a configuration from its stored fields; those in `kwargs` replace them, and are checked as well."""
         config_dict = dict(config_dict)
         kwargs.pop("label2id", None)
         if kwargs.get("id2label") is not None or kwargs.get("num_labels") not in (None, _count(config_dict)):
             config_dict.pop("id2label", None)
-        for key in ("id2label", "num_labels"):
-            if kwargs.get(key) is not None:
-                config_dict[key] = kwargs[key]
-            kwargs.pop(key, None)
+        own = ("id2label", "num_labels", *cls.__annotations__)
+        config_dict |= {key: kwargs[key] for key in own if kwargs.get(key) is not None}
+        kwargs = {key: value for key, value in kwargs.items() if key not in own}
         return super().from_dict(config_dict, **kwargs)
 
 

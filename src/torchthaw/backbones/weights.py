@@ -23,7 +23,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from torchthaw.backbones.anatomy import family_of, list_architectures, patch_size
 from torchthaw.backbones.configuration import names_by_id
-from torchthaw.backbones.modeling import TorchvisionForImageClassification, with_version
+from torchthaw.backbones.modeling import TorchvisionForImageClassification, align_memory, with_version
 from torchthaw.errors import WeightsError, did_you_mean
 
 BUILTIN = "builtin"
@@ -372,6 +372,7 @@ def load_into(network: nn.Module, pretrained: PretrainedWeights) -> None:
             f"{pretrained.description} does not fit {pretrained.architecture}. {'; '.join(differences)}. Choose the "
             "architecture that the weights belong to."
         )
+    align_memory(network)
 
 
 def _listed(names: Any) -> str:

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
-from torchthaw.backbones.anatomy import uses_transformer_recipe
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.augmentation import make_augmentation
@@ -28,10 +27,10 @@ from torchthaw.evaluation.metrics import compute_metrics as classification_compu
 from torchthaw.stages.freezing import Frozen, freeze_for_stage, resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
-from torchthaw.stages.presets import family_defaults, fill_defaults
 from torchthaw.stages.proof import check_unchanged, frozen_fingerprints
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.callbacks import fire_train_begin_once
+from torchthaw.training.completion import check_batch_size, complete_arguments, full_plan
 from torchthaw.training.records import StageRecord
 
 
@@ -87,6 +86,9 @@ class ThawTrainer(Trainer):
                 "there is no eval_dataset to choose the best weights by; pass validation images (split_dataset cuts "
                 "some off), or ThawTrainingArguments(eval_strategy='no', load_best_model_at_end=False)"
             )
+        check_batch_size(args.train_batch_size, train_dataset)
+        if model is not None:
+            complete_arguments(args, model)
         kwargs.setdefault("compute_metrics", classification_compute_metrics)
         kwargs.setdefault("data_collator", collate)
         self.stage: Stage | None = None
@@ -105,13 +107,13 @@ class ThawTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._complete_arguments()
+        # `model_init` makes its model only here.
+        complete_arguments(args, self.model)
         self.train_dataset = self._as_view(self.train_dataset, train=True)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._as_view(data, train=False) for name, data in self.eval_dataset.items()}
         else:
             self.eval_dataset = self._as_view(self.eval_dataset, train=False)
-        self._check_batch_size()
         fire_train_begin_once(self.callback_handler)
 
     # Data
@@ -137,37 +139,11 @@ class ThawTrainer(Trainer):
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return super().predict(self._as_view(test_dataset, train=False), *args, **kwargs)
 
-    def _check_batch_size(self) -> None:
-        images = self._num_train_images()
-        if images is not None and self.args.train_batch_size > images:
-            raise PlanError(
-                f"the batch size is {self.args.train_batch_size}, but there are {images} training images, so that an "
-                f"epoch would be a single incomplete step; write a batch size of at most {max(1, images // 4)}"
-            )
-
     # The plan
-
-    def _complete_arguments(self) -> None:
-        """Fills what depends on the backbone into arguments that were left open."""
-        self._transformer = uses_transformer_recipe(self.model.config.architecture)
-        defaults = family_defaults(transformer=self._transformer)
-        if self.args.learning_rate is None:
-            self.args.learning_rate = defaults.head_rate
-        if self.args.weight_decay is None:
-            self.args.weight_decay = defaults.weight_decay
-        if self.args.augmentation is None:
-            self.args.augmentation = defaults.augmentation
-        self.plan.check_groups(list(self.model.layer_groups()))
 
     @property
     def plan(self) -> StagePlan:
-        assert isinstance(self.args.plan, dict)
-        return fill_defaults(
-            StagePlan.from_dict(self.args.plan),
-            transformer=self._transformer,
-            head_rate=self.args.learning_rate,
-            weight_decay=self.args.weight_decay,
-        )
+        return full_plan(self.args, self.model)
 
     def batch_norm_policy(self, stage: Stage) -> BatchNormPolicy:
         """Returns the BatchNorm policy of a stage's live groups, `auto` resolved for this data and batch size."""

@@ -1,0 +1,111 @@
+"""From a recipe to what training takes: splits, a model with a new head, its image processor."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import DatasetDict
+
+from torchthaw.backbones.image_processing import TorchvisionImageProcessor
+from torchthaw.backbones.modeling import TorchvisionForImageClassification
+from torchthaw.console import Reporter
+from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
+from torchthaw.data.images import BadImage, check_images
+from torchthaw.data.loading import load_image_dataset
+from torchthaw.data.splitting import split_dataset
+from torchthaw.errors import DataError, ThawError
+from torchthaw.recipe import DataRecipe, Recipe
+
+IMBALANCE_FOR_MACRO_F1 = 2.0
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Splits ready for training, and what was left out."""
+
+    splits: DatasetDict
+    class_names: list[str]
+    bad_images: list[BadImage]
+
+
+def prepare_data(recipe: DataRecipe, *, seed: int, reporter: Reporter) -> PreparedData:
+    """Loads, checks and splits the images of a recipe.
+
+    Raises:
+        DataError: the data cannot be read or does not fit.
+    """
+    splits = load_data(recipe)
+    bad: list[BadImage] = []
+    for name, images in splits.items():
+        splits[name], found = check_images(images, on_bad=recipe.on_bad_image, progress=not reporter.quiet)
+        bad.extend(found)
+    if bad:
+        reporter.say(f"Left out {len(bad)} unreadable images: {', '.join(image.path for image in bad[:5])} ...")
+    splits = split_dataset(splits, validation=recipe.validation, test=recipe.test, seed=seed)
+    if "validation" not in splits:
+        raise DataError("there are no validation images; write data: {validation: 0.15} to cut some off for training")
+    return PreparedData(splits, splits["train"].features["label"].names, bad)
+
+
+def load_data(recipe: DataRecipe, *, class_names: Sequence[str] | None = None) -> DatasetDict:
+    """Loads the splits that a recipe's data section names.
+
+    Args:
+        recipe: The section.
+        class_names: Classes of a trained model, by whose order labels are numbered; None takes the data's.
+    """
+    if recipe.path is not None and recipe.path.startswith(BUILTIN_PREFIX):
+        return load_builtin_dataset(recipe.path.removeprefix(BUILTIN_PREFIX))
+    source = recipe.path or recipe.name
+    assert source is not None
+    return load_image_dataset(
+        source,
+        name=recipe.config,
+        revision=recipe.revision,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        class_names=class_names,
+    )
+
+
+def build_model(
+    recipe: Recipe, class_names: list[str]
+) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:
+    """Makes the model with a new head for the classes, and its image processor.
+
+    Raises:
+        ThawError: the backbone is unknown, an option does not fit it, or its weights cannot be had.
+    """
+    with as_user_error():
+        model = TorchvisionForImageClassification.from_torchvision(
+            recipe.backbone,
+            weights=recipe.weights,
+            id2label=class_names,
+            image_size=recipe.image_size,
+            dropout=recipe.dropout,
+            stochastic_depth=recipe.stochastic_depth,
+        )
+        processor = TorchvisionImageProcessor.from_torchvision(
+            recipe.backbone, weights=recipe.weights, image_size=recipe.image_size
+        )
+    return model, processor
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Turns plain ValueErrors of transformers, and of the modeling code saved with models, into ThawError."""
+    try:
+        yield
+    except ThawError:
+        raise
+    except ValueError as error:
+        raise ThawError(str(error)) from error
+
+
+def selection_metric(recipe: Recipe, data: PreparedData) -> str:
+    """Returns what chooses the best weights: macro F1 or accuracy."""
+    if recipe.metric != "auto":
+        return recipe.metric
+    counts = np.bincount(data.splits["train"]["label"], minlength=len(data.class_names))
+    return "macro_f1" if counts.max() >= IMBALANCE_FOR_MACRO_F1 * max(1, counts.min()) else "accuracy"
