@@ -510,20 +510,21 @@ def _in_turn(functions: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 
 
 def _recomputation_contexts(block: nn.Module) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _without_statistics(block)
+    return contextlib.nullcontext(), _scratch_statistics(block)
 
 
 @contextlib.contextmanager
-def _without_statistics(block: nn.Module) -> Iterator[None]:
-    """Lets BatchNorm layers in train mode normalise by the batch as ever, but not update their statistics again."""
-    layers = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
+def _scratch_statistics(block: nn.Module) -> Iterator[None]:
+    """While this lasts, BatchNorm layers update copies of their statistics, so that recomputation does not count."""
+    layers = [layer for layer in block.modules() if isinstance(layer, _BatchNorm) and layer.training]
+    buffers = [dict(layer.named_buffers(recurse=False)) for layer in layers]
+    for layer, own in zip(layers, buffers, strict=True):
+        layer._buffers.update({name: buffer.clone() for name, buffer in own.items()})
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, own in zip(layers, buffers, strict=True):
+            layer._buffers.update(own)
 
 
 def _like(layer: nn.Module, outputs: int) -> nn.Module:
