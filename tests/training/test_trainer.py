@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from torchthaw import (
     Stage,
@@ -217,6 +217,14 @@ def test_a_head_rate_and_a_number_of_epochs_stretch_a_preset(tmp_path, splits, p
     assert [stage.epochs for stage in trainer.plan.stages] == [1, 1, 1]
     assert trainer.plan.stages[0].learning_rates(list(trainer.model.layer_groups())) == {"head": 5e-3}
     assert {stage.weight_decay for stage in trainer.plan.stages} == {0.2}
+
+
+def test_arguments_are_read_from_a_command_line(tmp_path):
+    line = f"--output_dir {tmp_path} --plan two_phase --augmentation light --num_train_epochs 5 --learning_rate 0.01"
+    (arguments,) = HfArgumentParser(ThawTrainingArguments).parse_args_into_dataclasses(line.split())
+    assert [stage["epochs"] for stage in arguments.plan["stages"]] == [2, 3]
+    assert (arguments.augmentation, arguments.learning_rate) == ("light", 0.01)
+    json.loads(arguments.to_json_string())
 
 
 def test_a_data_set_of_tensors_needs_no_processor(tmp_path):

@@ -247,7 +247,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         if family.blocks:
             blocks = [module for module in self.backbone.modules() if type(module).__name__ in family.blocks]
             forwards: dict[nn.Module, Callable[..., Any]] = {
-                block: _Recomputed(block.forward, block, self._checkpoint_function)
+                block: _recomputed(block.forward, block, self._checkpoint_function)
                 for block in blocks[:: self._checkpoint_every]
             }
         else:
@@ -258,14 +258,16 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
                 for paths in group_paths(self.config.architecture, self.backbone).values()
                 if paths[0].startswith(f"{family.by_resolution}.")
             ]
-            forwards = {container: _in_turn([_Recomputed(run.forward, run, self._checkpoint_function) for run in runs])}
+            forwards = {container: _in_turn([_recomputed(run.forward, run, self._checkpoint_function) for run in runs])}
+        own = {block: vars(block)["forward"] for block in forwards if "forward" in vars(block)}
         try:
             for block, forward in forwards.items():
                 block.forward = forward
             yield
         finally:
             for block in forwards:
-                vars(block).pop("forward", None)
+                del block.forward
+                vars(block).update({"forward": own[block]} if block in own else {})
 
     def _run(self, pixel_values: torch.Tensor | None, recorded: Mapping[str, nn.Module]) -> tuple[Any, dict[str, Any]]:
         """Runs the network; returns its output and the outputs of the recorded modules."""
@@ -489,15 +491,17 @@ def _scale_stochastic_depth(network: nn.Module, probability: float) -> None:
         layer.p *= probability / deepest
 
 
-class _Recomputed:
-    """A block's forward whose activations are recomputed in backward."""
+def _recomputed(
+    forward: Callable[..., Any], block: nn.Module, checkpoint_function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Returns a block's forward that does not store activations but recomputes them in backward."""
 
-    def __init__(self, forward: Callable[..., Any], block: nn.Module, checkpoint_function: Callable[..., Any]) -> None:
-        contexts = partial(_recomputation_contexts, block)
-        self.call = partial(checkpoint_function, forward, context_fn=contexts)
+    def run(*arguments: Any) -> Any:
+        # DenseNet goes on appending to the list that it passes to its layers.
+        copies = [list(argument) if isinstance(argument, list) else argument for argument in arguments]
+        return checkpoint_function(forward, *copies, context_fn=partial(_recomputation_contexts, block))
 
-    def __call__(self, *args: Any) -> Any:
-        return self.call(*args)
+    return run
 
 
 def _in_turn(functions: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:

@@ -12,5 +12,5 @@ def register_auto_classes() -> None:
     AutoConfig.register(TorchvisionConfig.model_type, TorchvisionConfig, exist_ok=True)
     AutoModel.register(TorchvisionConfig, TorchvisionModel, exist_ok=True)
     AutoModelForImageClassification.register(TorchvisionConfig, TorchvisionForImageClassification, exist_ok=True)
-    processors = {"torchvision": TorchvisionImageProcessor, "pil": TorchvisionImageProcessor}
+    processors: dict[str, type] = {"torchvision": TorchvisionImageProcessor, "pil": TorchvisionImageProcessor}
     AutoImageProcessor.register(TorchvisionConfig, image_processor_classes=processors, exist_ok=True)

@@ -1,14 +1,23 @@
 """Arguments of `ThawTrainer`: those of `Trainer`, with the defaults of fine-tuning and a stage plan."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
 
 from torchthaw.data.augmentation import Augmentation, make_augmentation
 from torchthaw.errors import PlanError
-from torchthaw.stages.presets import make_plan
+from torchthaw.stages.presets import PlanLike, make_plan
+
+if TYPE_CHECKING:
+    PlanArgument = PlanLike
+    AugmentationArgument = Augmentation | Mapping[str, Any] | str | None
+else:
+    # HfArgumentParser makes command line options from these: there a preset's name is what can be written.
+    PlanArgument = str
+    AugmentationArgument = str | None
 
 
 @dataclass
@@ -19,9 +28,8 @@ class ThawTrainingArguments(TrainingArguments):
     (`num_train_epochs` stretches a preset, `learning_rate` is the rate of a new head and moves all rates that the plan
     leaves open in proportion); `weight_decay` is that of the backbone's family; batches have 32 images; loss is logged
     every epoch; validation and checkpoints come every epoch, and the weights with the best validation accuracy are
-    loaded at the end; nothing is reported to other services unless `report_to` names them; a loss that is not finite
-    ends the run; columns are kept (`remove_unused_columns=False`), because images are decoded on the fly; memory is
-    pinned only where there is CUDA.
+    loaded at the end; a loss that is not finite ends the run; columns are kept (`remove_unused_columns=False`), because
+    images are decoded on the fly; memory is pinned only where there is CUDA.
 
     Args:
         output_dir: Folder of checkpoints.
@@ -34,8 +42,8 @@ class ThawTrainingArguments(TrainingArguments):
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`.
     """
 
-    plan: dict[str, Any] | str = "staged"
-    augmentation: dict[str, Any] | str | None = None
+    plan: PlanArgument = "staged"
+    augmentation: AugmentationArgument = None
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -49,7 +57,6 @@ class ThawTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = "accuracy"
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
-    report_to: Any = "none"
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
 
