@@ -13,7 +13,6 @@ from transformers import pipeline
 
 from torchthaw import cli
 from torchthaw.evaluation.predictions import read_predictions
-from torchthaw.recipe import load_recipe
 
 SMALL = ["--backbone", "shufflenet_v2_x0_5", "--set", "weights=null", "--set", "image_size=32", "--set", "epochs=3"]
 SMALL += ["--set", "batch_size=8", "--set", "num_workers=0"]
@@ -176,10 +175,16 @@ def test_hostile_names_are_printed_as_text(run, make_image_folder, tmp_path):
     assert "\x1b" not in stdout
 
 
-def test_the_quickstart_recipe_as_installed():
-    recipe = load_recipe("quickstart")
-    assert recipe.weights == "builtin"
-    assert recipe.data.path == "builtin:digits"
+def test_the_quickstart_shows_what_each_stage_gains(run, tmp_path):
+    code, stdout, stderr = run("train", "quickstart", "--output", tmp_path / "out", "--json")
+    assert code == 0, stderr
+    results = json.loads(stdout)
+    head, last_block, everything = (stage["best_metric"] for stage in results["stages"])
+    assert head + 0.1 < last_block < everything
+    assert results["validation"]["accuracy"] == everything > 0.95
+    assert results["test"]["accuracy"] > 0.93
+    assert f"{head:.4f}" in stderr
+    assert f"{everything:.4f}" in stderr
 
 
 def test_python_dash_m_answers():

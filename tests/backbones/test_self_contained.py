@@ -1,4 +1,4 @@
-"""Four files travel with saved models as their code, so they must work without the rest of the package."""
+"""Some files travel with saved models as their code, so they must work without the rest of the package."""
 
 import ast
 import shutil
@@ -11,7 +11,7 @@ import pytest
 import torchthaw.backbones
 
 SOURCE = Path(torchthaw.backbones.__file__).parent
-FILES = ("anatomy", "configuration", "image_processing", "modeling")
+FILES = ("anatomy", "checkpointing", "configuration", "image_processing", "modeling", "network")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,16 +12,14 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from torchvision.models import MNASNet
-from torchvision.ops import StochasticDepth
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutput
 
 from .anatomy import FAMILIES, HEAD, closest, family_of, group_paths
+from .checkpointing import in_turn, recomputed
 from .configuration import TorchvisionConfig, names_by_id
+from .network import align_memory, build_network, like, with_version
 
 Model = TypeVar("Model", bound="TorchvisionPreTrainedModel")
 
@@ -196,7 +193,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         for path in (family.final_layer, *(family.auxiliary if config.aux_logits else ())):
             old = self.backbone.get_submodule(path)
             if not isinstance(old, nn.Identity):
-                self.backbone.set_submodule(path, _like(old, config.num_labels))
+                self.backbone.set_submodule(path, like(old, config.num_labels))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads a state_dict as torch does, also one of MNASNet that came from a safetensors file."""
@@ -247,7 +244,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         if family.blocks:
             blocks = [module for module in self.backbone.modules() if type(module).__name__ in family.blocks]
             forwards: dict[nn.Module, Callable[..., Any]] = {
-                block: _recomputed(block.forward, block, self._checkpoint_function)
+                block: recomputed(block.forward, block, self._checkpoint_function)
                 for block in blocks[:: self._checkpoint_every]
             }
         else:
@@ -258,7 +255,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
                 for paths in group_paths(self.config.architecture, self.backbone).values()
                 if paths[0].startswith(f"{family.by_resolution}.")
             ]
-            forwards = {container: _in_turn([_recomputed(run.forward, run, self._checkpoint_function) for run in runs])}
+            forwards = {container: in_turn([recomputed(run.forward, run, self._checkpoint_function) for run in runs])}
         own = {block: vars(block)["forward"] for block in forwards if "forward" in vars(block)}
         try:
             for block, forward in forwards.items():
@@ -429,120 +426,6 @@ def classification_loss(
         f"{tuple(pooled_logits.shape)}. Pass class ids of shape (batch,), or floats of shape (batch, num_labels): a "
         "distribution over the classes, or 0 and 1 with problem_type='multi_label_classification'."
     )
-
-
-def build_network(config: TorchvisionConfig) -> nn.Module:
-    """Builds torchvision's network for a configuration, with random weights, on the current default device."""
-    family = family_of(config.architecture)
-    options: dict[str, Any] = {"num_classes": config.num_labels}
-    if config.dropout is not None:
-        options[str(family.dropout)] = config.dropout
-    if family.auxiliary:
-        options |= {"aux_logits": config.aux_logits, "transform_input": config.transform_input, "init_weights": True}
-    if family.fixed_size and config.image_size is not None:
-        size = config.image_size
-        options |= {"image_size": size} if family.name == "vit" else {"input_size": (size, size)}
-    with _PlainNumbers() if family.name == "regnet" else contextlib.nullcontext():
-        network: nn.Module = torchvision.models.get_model(config.architecture, weights=None, **options)
-    if config.stochastic_depth is not None:
-        _scale_stochastic_depth(network, config.stochastic_depth)
-    return network
-
-
-def with_version(state_dict: Mapping[str, Any], network: nn.Module, prefix: str = "") -> Mapping[str, Any]:
-    """Adds the version that MNASNet asks for to a state_dict which has lost it, as in a safetensors file."""
-    if not isinstance(network, MNASNet) or hasattr(state_dict, "_metadata"):
-        return state_dict
-    versioned = OrderedDict(state_dict)
-    versioned._metadata = {prefix: {"version": network._version}}  # type: ignore[attr-defined]
-    return versioned
-
-
-def align_memory(module: nn.Module) -> None:
-    """Moves tensors that are mapped from a file to memory that begins at a multiple of 64 bytes, as torch's own does.
-
-    The vector instructions of the CPU sum in another order elsewhere, which changes the last bits of a result.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-
-
-class _PlainNumbers(TorchFunctionMode):
-    """Keeps the numbers that RegNet computes its widths with on the CPU and in float32.
-
-    torchvision computes them with tensors, which the `meta` device cannot and bfloat16 as default type gets wrong.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.arange:
-            kwargs |= {"device": "cpu", "dtype": torch.float32}
-        elif func is torch.tensor and isinstance(args[0], list):  # A plain number is a statistic of BatchNorm.
-            kwargs |= {"device": "cpu"}
-        return func(*args, **kwargs)
-
-
-def _scale_stochastic_depth(network: nn.Module, probability: float) -> None:
-    """Sets the probability of the last block, and in proportion that of the others."""
-    layers = [module for module in network.modules() if isinstance(module, StochasticDepth)]
-    deepest = max(layer.p for layer in layers)
-    for layer in layers:
-        layer.p *= probability / deepest
-
-
-def _recomputed(
-    forward: Callable[..., Any], block: nn.Module, checkpoint_function: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Returns a block's forward that does not store activations but recomputes them in backward."""
-
-    def run(*arguments: Any) -> Any:
-        # DenseNet goes on appending to the list that it passes to its layers.
-        copies = [list(argument) if isinstance(argument, list) else argument for argument in arguments]
-        return checkpoint_function(forward, *copies, context_fn=partial(_recomputation_contexts, block))
-
-    return run
-
-
-def _in_turn(functions: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    def run(value: Any) -> Any:
-        for function in functions:
-            value = function(value)
-        return value
-
-    return run
-
-
-def _recomputation_contexts(block: nn.Module) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _scratch_statistics(block)
-
-
-@contextlib.contextmanager
-def _scratch_statistics(block: nn.Module) -> Iterator[None]:
-    """While this lasts, BatchNorm layers update copies of their statistics, so that recomputation does not count."""
-    layers = [layer for layer in block.modules() if isinstance(layer, _BatchNorm) and layer.training]
-    buffers = [dict(layer.named_buffers(recurse=False)) for layer in layers]
-    for layer, own in zip(layers, buffers, strict=True):
-        layer._buffers.update({name: buffer.clone() for name, buffer in own.items()})
-    try:
-        yield
-    finally:
-        for layer, own in zip(layers, buffers, strict=True):
-            layer._buffers.update(own)
-
-
-def _like(layer: nn.Module, outputs: int) -> nn.Module:
-    """Returns a fresh layer of the same kind, type and device with another number of outputs."""
-    assert isinstance(layer, nn.Linear | nn.Conv2d), type(layer)
-    options: dict[str, Any] = {
-        "bias": layer.bias is not None,
-        "device": layer.weight.device,
-        "dtype": layer.weight.dtype,
-    }
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, outputs, **options).train(layer.training)
-    assert layer.kernel_size == (1, 1), layer
-    return nn.Conv2d(layer.in_channels, outputs, kernel_size=1, **options).train(layer.training)
 
 
 def _wants_dict(config: TorchvisionConfig, return_dict: bool | None) -> bool:

@@ -23,7 +23,8 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from torchthaw.backbones.anatomy import family_of, list_architectures, patch_size
 from torchthaw.backbones.configuration import names_by_id
-from torchthaw.backbones.modeling import TorchvisionForImageClassification, align_memory, with_version
+from torchthaw.backbones.modeling import TorchvisionForImageClassification
+from torchthaw.backbones.network import align_memory, with_version
 from torchthaw.errors import WeightsError, did_you_mean
 
 BUILTIN = "builtin"
@@ -171,7 +172,7 @@ def _names(architecture: str) -> str:
 
 def _from_enum(architecture: str, member: WeightsEnum) -> PretrainedWeights:
     try:
-        state_dict = member.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+        state_dict = member.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, http.client.HTTPException) as error:
         raise WeightsError(_no_download(member, error)) from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -127,8 +127,10 @@ class ThawTrainer(Trainer):
                 "the data set has an image column but there is no image processor to prepare it; pass "
                 "processing_class=TorchvisionImageProcessor.from_torchvision(...)"
             )
+        names = self.model.config.class_names
+        ready = "path" in dataset.column_names and getattr(dataset.features["label"], "names", None) == names
         # Labels are numbered by the model's classes, whatever order the data set has.
-        images = load_image_dataset(dataset, class_names=self.model.config.class_names)["train"]
+        images = dataset if ready else load_image_dataset(dataset, class_names=names)["train"]
         augmentation = make_augmentation(self.args.augmentation or "none") if train else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ImageView(images, cast(TorchvisionImageProcessor, self.processing_class), augmentation, seed=seed)
