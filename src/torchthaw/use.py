@@ -51,9 +51,7 @@ def evaluate_saved(source: str, data: str, split: str, *, batch_size: int = 32, 
     """
     model, processor = load_saved(source)
     names = model.config.class_names
-    is_hub_name = not Path(data).exists() and data.count("/") == 1
-    section = DataRecipe(name=data) if is_hub_name else DataRecipe(path=data)
-    splits = load_data(section, class_names=names)
+    splits = load_data(DataRecipe(path=data), class_names=names)
     if split not in splits:
         raise DataError(
             f"{data} has no split {split!r}.{did_you_mean(split, splits)} It has {', '.join(splits)}; "
