@@ -4,19 +4,15 @@ import dataclasses
 import http.client
 import math
 import pickle
-import re
 import urllib.parse
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -25,6 +21,7 @@ from torchthaw.backbones.anatomy import family_of, list_architectures, patch_siz
 from torchthaw.backbones.configuration import names_by_id
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.network import align_memory, with_version
+from torchthaw.backbones.state_dicts import first_line, listed, read_state_dict, rename_old_keys, unwrap
 from torchthaw.errors import WeightsError, did_you_mean
 
 BUILTIN = "builtin"
@@ -32,7 +29,6 @@ BUILTIN_ARCHITECTURE = "shufflenet_v2_x0_5"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 _FILE_SUFFIXES = (".pth", ".pt", ".safetensors")
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -177,12 +173,12 @@ def _from_enum(architecture: str, member: WeightsEnum) -> PretrainedWeights:
         raise WeightsError(_no_download(member, error)) from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(
-            f"The download of {member} is damaged: {_first_line(error)}. Delete "
+            f"The download of {member} is damaged: {first_line(error)}. Delete "
             f"{_cache_folder() / _file_name(member)} if it exists, and try again."
         ) from error
     return PretrainedWeights(
         architecture=architecture,
-        state_dict=_rename_old_keys(state_dict),
+        state_dict=rename_old_keys(state_dict),
         categories=tuple(member.meta["categories"]),
         transform_input=bool(family_of(architecture).auxiliary),
         description=f"torchvision's {member}",
@@ -232,7 +228,7 @@ def _from_saved(architecture: str, source: str | Path) -> PretrainedWeights:
         model = TorchvisionForImageClassification.from_pretrained(source)
     except (OSError, SafetensorError) as error:
         raise WeightsError(
-            f"Cannot load {description}: {_first_line(error)} Pass a folder or Hub repository (user/name) that "
+            f"Cannot load {description}: {first_line(error)} Pass a folder or Hub repository (user/name) that "
             "torchthaw saved, a file, or one of torchvision's names: "
             f"{_names(architecture)}."
         ) from error
@@ -253,12 +249,12 @@ def _from_saved(architecture: str, source: str | Path) -> PretrainedWeights:
 
 
 def _from_file(architecture: str, path: Path) -> PretrainedWeights:
-    state_dict = _rename_old_keys(_unwrap(read_state_dict(path), path))
+    state_dict = rename_old_keys(unwrap(read_state_dict(path), path))
     final = f"{family_of(architecture).final_layer}.weight"
     if final not in state_dict:
         raise WeightsError(
             f"{path} holds no weights of {architecture}: it has no tensor {final!r}. Its first tensors are "
-            f"{_listed(state_dict)}. Choose the architecture that the file belongs to."
+            f"{listed(state_dict)}. Choose the architecture that the file belongs to."
         )
     return PretrainedWeights(
         architecture=architecture,
@@ -267,62 +263,6 @@ def _from_file(architecture: str, path: Path) -> PretrainedWeights:
         transform_input=bool(family_of(architecture).auxiliary),
         description=f"the file {path}",
     )
-
-
-def read_state_dict(path: Path) -> Any:
-    """Reads a `.safetensors` file, or a `.pth` or `.pt` file without running any code that it may hold.
-
-    Raises:
-        WeightsError: If it is missing, truncated, or holds more than tensors.
-    """
-    if not path.is_file():
-        neighbours = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise WeightsError(f"There is no file {path}.{did_you_mean(path.name, neighbours)}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        damaged = "" if zipfile.is_zipfile(path) else "it is damaged or no file of weights at all, or "
-        raise WeightsError(
-            f"Cannot read {path}: {damaged}it holds more than tensors, such as a whole pickled model, which is refused "
-            "because unpickling can run code. If you trust its origin, convert it once: model = torch.load("
-            f"{str(path)!r}, weights_only=False); torch.save(model.state_dict(), 'weights.pth')."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        size = path.stat().st_size
-        raise WeightsError(
-            f"Cannot read {path} ({size} bytes): it is truncated or no file of weights ({_first_line(error)}). "
-            "Copy or download it again."
-        ) from error
-
-
-def _unwrap(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Takes a state_dict out of a checkpoint's wrapper and its names out of the prefixes of wrapping modules."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{path} holds a {type(content).__name__} and not a state_dict (names and tensors).")
-    wrong = [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]
-    if wrong:
-        raise WeightsError(
-            f"{path} is not a state_dict: it holds {_listed(wrong)}. Save the state_dict alone: "
-            "torch.save(model.state_dict(), ...)."
-        )
-    state_dict = {
-        str(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in content.items()
-    }
-    for prefix in ("module.", "backbone."):
-        if all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    return state_dict
-
-
-def _rename_old_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames what torchvision's published DenseNet files call `denselayer1.norm.1` to `denselayer1.norm1`."""
-    pattern = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-    return {pattern.sub(r"\1\2", name): tensor for name, tensor in state_dict.items()}
 
 
 def resize_positions(pretrained: PretrainedWeights, image_size: int | None) -> PretrainedWeights:
@@ -364,7 +304,7 @@ def load_into(network: nn.Module, pretrained: PretrainedWeights) -> None:
     else:
         missing, unexpected = network.load_state_dict(with_version(given, network), strict=False, assign=True)
     differences = [
-        f"{kind}: {_listed(names)}"
+        f"{kind}: {listed(names)}"
         for kind, names in (("other shapes", mismatched), ("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -374,13 +314,3 @@ def load_into(network: nn.Module, pretrained: PretrainedWeights) -> None:
             "architecture that the weights belong to."
         )
     align_memory(network)
-
-
-def _listed(names: Any) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(str, names[:_SHOWN])) + more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -131,16 +132,8 @@ def _decode(value: object) -> Image.Image:
         raise _UnusableImageError(f"cannot be read ({error.strerror or error})") from error
     if not data:
         raise _UnusableImageError("is empty (0 bytes)")
-    try:
+    with _pillow_errors_named():
         picture = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise _UnusableImageError("is not an image that Pillow can read") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _UnusableImageError(f"has too many pixels to be opened safely ({error})") from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _UnusableImageError(f"is truncated or damaged ({type(error).__name__}: {error})") from error
     with picture:
         return _loaded(picture)
 
@@ -154,17 +147,25 @@ def _loaded(picture: Image.Image) -> Image.Image:
             f"has {picture.width} x {picture.height} pixels, more than the {limit:,} that are opened safely; "
             "save it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         )
-    # Damaged files make the decoders of Pillow raise nearly any exception; none of them is ours.
-    try:
+    with _pillow_errors_named():
         rgb = to_rgb(picture)
         rgb.load()
+    return rgb
+
+
+@contextmanager
+def _pillow_errors_named() -> Iterator[None]:
+    """Says in words what Pillow found; damaged files make its decoders raise nearly any exception."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise _UnusableImageError("is not an image that Pillow can read") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _UnusableImageError(f"has too many pixels to be opened safely ({error})") from error
     except MemoryError:
         raise
     except Exception as error:
         raise _UnusableImageError(f"is truncated or damaged ({type(error).__name__}: {error})") from error
-    return rgb
 
 
 def _bytes_and_path(value: object) -> tuple[bytes | None, str | None]:
