@@ -219,6 +219,28 @@ def test_a_head_rate_and_a_number_of_epochs_stretch_a_preset(tmp_path, splits, p
     assert {stage.weight_decay for stage in trainer.plan.stages} == {0.2}
 
 
+def test_resuming_is_refused_rather_than_done_wrongly(tmp_path, splits, processor):
+    trainer = new_trainer(tmp_path, splits, processor)
+    trainer.train()
+    with pytest.raises(PlanError, match="resuming a staged run from a checkpoint is not possible yet"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_model_init_and_a_second_run_start_afresh(tmp_path, splits, processor):
+    trainer = ThawTrainer(
+        args=arguments(tmp_path),
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=processor,
+        model_init=lambda: new_model(),
+    )
+    trainer.train()
+    once = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(once[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert [record.name for record in trainer.stage_records] == ["head", "last block", "all"]
+
+
 def test_arguments_are_read_from_a_command_line(tmp_path):
     line = f"--output_dir {tmp_path} --plan two_phase --augmentation light --num_train_epochs 5 --learning_rate 0.01"
     (arguments,) = HfArgumentParser(ThawTrainingArguments).parse_args_into_dataclasses(line.split())
