@@ -17,6 +17,8 @@ from torchthaw.evaluation.predictions import read_predictions
 SMALL = ["--backbone", "shufflenet_v2_x0_5", "--set", "weights=null", "--set", "image_size=32", "--set", "epochs=3"]
 SMALL += ["--set", "batch_size=8", "--set", "num_workers=0"]
 
+ONE_STAGE = ["--set", "plan=null", "--set", "epochs=null", "--set", "stages=[{name: a, unfreeze: layer9}]"]
+
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -116,6 +118,8 @@ def test_bad_images_are_all_listed_or_dropped(run, make_image_folder, tmp_path):
         (["train", "staged", "--data", "DATA", *SMALL, "--set", "batch_size=1000"], "batch size is 1000"),
         (["train", "staged", "--data", "DATA", *SMALL, "--set", "optimizer=adamm"], "adamm"),
         (["train", "staged", "--data", "builtin:digit"], "Did you mean 'digits'"),
+        (["train", "staged", "--data", "DATA", *ONE_STAGE], "'layer9', which matches no layer group"),
+        (["train", "staged", "--data", "DATA", "--backbone", "maxvit_t", "--set", "image_size=200"], "image_size=224"),
         (["backbones", "resnt50"], "resnet50"),
         (["evaluate", "DATA", "--data", "DATA"], "no config.json"),
         (["predict", "DATA", "no.png"], "no file or folder no.png"),
@@ -130,6 +134,15 @@ def test_bad_input_ends_with_one_message_and_code_2(run, make_image_folder, tmp_
     assert stdout == ""
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["photos"], "nothing is left behind"
+
+
+def test_a_mistake_in_the_model_is_found_before_the_images_are_read(run, make_image_folder):
+    data = make_image_folder()
+    (data / "ant" / "empty.png").touch()
+    code, _, stderr = run("train", "staged", "--data", data, "--weights", "IMAGENET1K_V9")
+    assert code == 2
+    assert "IMAGENET1K_V9" in stderr
+    assert "empty.png" not in stderr
 
 
 def test_a_full_disk_is_one_message(run, monkeypatch, make_image_folder, tmp_path):

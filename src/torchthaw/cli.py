@@ -23,7 +23,8 @@ app = typer.Typer(
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 DataOption = Annotated[
-    str | None, typer.Option("--data", "-d", help="Folder of images, parquet file, or builtin:digits.")
+    str | None,
+    typer.Option("--data", "-d", help="Folder of images, parquet file, Hub data set (user/name), or builtin:digits."),
 ]
 
 

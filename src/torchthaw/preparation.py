@@ -5,10 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from datasets import DatasetDict
 
+from torchthaw.backbones.anatomy import uses_transformer_recipe
+from torchthaw.backbones.configuration import TorchvisionConfig
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
+from torchthaw.backbones.weights import locate
 from torchthaw.console import Reporter
 from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
 from torchthaw.data.images import BadImage, check_images
@@ -16,6 +20,7 @@ from torchthaw.data.loading import load_image_dataset
 from torchthaw.data.splitting import split_dataset
 from torchthaw.errors import DataError, ThawError
 from torchthaw.recipe import DataRecipe, Recipe
+from torchthaw.stages.presets import fill_defaults
 
 IMBALANCE_FOR_MACRO_F1 = 2.0
 
@@ -27,6 +32,27 @@ class PreparedData:
     splits: DatasetDict
     class_names: list[str]
     bad_images: list[BadImage]
+
+
+def check_model(recipe: Recipe) -> None:
+    """Checks backbone, weights' name and stages against each other, before anything slow is done.
+
+    Raises:
+        ThawError: the backbone or its weights are unknown, an option does not fit, or a stage names no layer group.
+    """
+    with as_user_error(), torch.device("meta"):
+        model = TorchvisionForImageClassification(
+            TorchvisionConfig(
+                architecture=recipe.backbone,
+                image_size=recipe.image_size,
+                dropout=recipe.dropout,
+                stochastic_depth=recipe.stochastic_depth,
+            )
+        )
+        if recipe.weights is not None:
+            locate(recipe.backbone, recipe.weights)
+    plan = fill_defaults(recipe.stage_plan(), transformer=uses_transformer_recipe(recipe.backbone))
+    plan.check_groups(list(model.layer_groups()))
 
 
 def prepare_data(recipe: DataRecipe, *, seed: int, reporter: Reporter) -> PreparedData:

@@ -26,7 +26,7 @@ from torchthaw.evaluation.inference import predict_logits
 from torchthaw.evaluation.metrics import classification_metrics
 from torchthaw.evaluation.plots import plot_confusion_matrix, plot_curves, plot_learning_rates, plot_reliability
 from torchthaw.evaluation.predictions import write_predictions
-from torchthaw.preparation import PreparedData, as_user_error, build_model, prepare_data, selection_metric
+from torchthaw.preparation import PreparedData, as_user_error, build_model, check_model, prepare_data, selection_metric
 from torchthaw.recipe import Recipe
 from torchthaw.stages.plan import StagePlan
 from torchthaw.training.arguments import ThawTrainingArguments
@@ -52,6 +52,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     register_auto_classes()
     transformers.utils.logging.disable_progress_bar()
     output = _fresh_output(recipe)
+    check_model(recipe)
     data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
     metric = selection_metric(recipe, data)
     transformers.set_seed(recipe.seed)
