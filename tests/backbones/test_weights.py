@@ -16,7 +16,7 @@ from torchvision.models import DenseNet121_Weights, ResNet18_Weights, ShuffleNet
 from torchthaw import TorchvisionForImageClassification, TorchvisionImageProcessor, TorchvisionModel
 from torchthaw.backbones import weights as weights_module
 from torchthaw.backbones.anatomy import list_architectures
-from torchthaw.backbones.weights import BUILTIN_ARCHITECTURE, BUILTIN_FOLDER, describe_backbones
+from torchthaw.backbones.weights import BUILTIN_ARCHITECTURE, describe_backbones
 from torchthaw.errors import WeightsError
 
 SMALL = "shufflenet_v2_x0_5"
@@ -114,7 +114,6 @@ def test_builtin(net: nn.Module, weights_file: Path, tmp_path: Path, monkeypatch
         load("resnet50", "builtin")
 
 
-@pytest.mark.skipif(not BUILTIN_FOLDER.is_dir(), reason="the weights are not part of this source tree")
 def test_builtin_of_the_package():
     model = load(BUILTIN_ARCHITECTURE, "builtin")
     processor = TorchvisionImageProcessor.from_torchvision(BUILTIN_ARCHITECTURE, "builtin")

@@ -138,6 +138,25 @@ def test_the_best_weights_of_all_stages_are_loaded_at_the_end(tmp_path, splits, 
     assert trainer.evaluate()["eval_accuracy"] == best
 
 
+def test_best_weights_of_an_earlier_stage_are_no_movement_of_what_a_later_one_froze(tmp_path, splits, processor):
+    wreck = Stage("wreck", epochs=1, learning_rate=0.3, warmup=0.0)
+    plan = [Stage("good", epochs=1, learning_rate=1e-4), wreck, Stage("head", unfreeze="head", learning_rate=1e-4)]
+    trainer = new_trainer(tmp_path, splits, processor, plan=plan)
+    trainer.train()
+    assert trainer.state.best_global_step == 5
+    assert all(record.frozen_unchanged for record in trainer.stage_records)
+
+
+def test_a_frozen_tensor_that_moves_fails_the_run(tmp_path, splits, processor):
+    class Meddler(TrainerCallback):
+        def on_epoch_end(self, args, state, control, model=None, **kwargs):
+            model.backbone.conv1[1].running_mean += 1e-6
+
+    trainer = new_trainer(tmp_path, splits, processor, callbacks=[Meddler()])
+    with pytest.raises(TrainingError, match=r"stage 'head' changed 1 frozen tensors: backbone\.conv1\.1\.running_mean"):
+        trainer.train()
+
+
 def test_records_describe_the_stages(tmp_path, splits, processor):
     trainer = new_trainer(tmp_path, splits, processor)
     trainer.train()
@@ -238,7 +257,7 @@ def test_model_init_and_a_second_run_start_afresh(tmp_path, splits, processor):
     once = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     assert all(torch.equal(once[name], tensor) for name, tensor in trainer.model.state_dict().items())
-    assert [record.name for record in trainer.stage_records] == ["head", "last block", "all"]
+    assert [(r.name, r.epochs) for r in trainer.stage_records] == [("head", 1), ("last block", 2), ("all", 1)]
 
 
 def test_arguments_are_read_from_a_command_line(tmp_path):

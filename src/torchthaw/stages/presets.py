@@ -7,7 +7,7 @@ Where the numbers come from:
 - AdamW at 1e-3 for a new linear head is the usual choice and was not tuned further.
 - Layer decay of transformers: 0.75 per block, Bao et al. 2022 (BEiT) and He et al. 2022 (MAE); their warmup is 5 of
   50-100 epochs, the 5-10 % that `Stage.warmup` defaults to.
-- Layer decay of CNNs: 0.3 per resolution stage, close to fastai's factor of 2.6 between layer groups.
+- Layer decay of CNNs: 0.3 per resolution stage, close to the factor 1 / 2.6 between layers of ULMFiT.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 A stage is one pass of `Trainer._inner_training_loop` over a range of epochs, with the model frozen for it, a fresh
 optimizer, a fresh schedule and a fresh wrap for distributed training. The private methods that are overridden were
-read in transformers 5.10, 5.17 and 5.23.
+read in transformers 5.23 and are tested with 5.10.1 too.
 """
 
 import time
@@ -96,6 +96,7 @@ class ThawTrainer(Trainer):
         self._stage_index = 0
         self._stage_steps = 0
         self._frozen: Frozen | None = None
+        self._fingerprints: dict[str, str] = {}
         self._used_rates: dict[str, float] = {}
         self._run_start = (0.0, 0)
         self._earlier_loss = 0.0
@@ -177,12 +178,12 @@ class ThawTrainer(Trainer):
         output: TrainOutput | None = None
         try:
             for index, stage in enumerate(self.plan.stages):
-                before = self._begin_stage(index, stage)
-                started, first_epoch = time.monotonic(), self.state.epoch or 0
+                self._begin_stage(index, stage)
+                started = time.monotonic()
                 output = super()._inner_training_loop(
                     batch_size=batch_size, args=args, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
                 )
-                self._end_stage(stage, before, time.monotonic() - started, first_epoch)
+                self._end_stage(stage, time.monotonic() - started)
                 if self.control.should_training_stop:
                     break
         finally:
@@ -190,19 +191,18 @@ class ThawTrainer(Trainer):
         assert output is not None
         return output
 
-    def _begin_stage(self, index: int, stage: Stage) -> dict[str, str]:
+    def _begin_stage(self, index: int, stage: Stage) -> None:
         self.stage, self._stage_index = stage, index
         self._frozen = freeze_for_stage(self.model, stage, self.batch_norm_policy(stage))
         self.optimizer = self.lr_scheduler = None
         # A wrap made for other trainable parameters would not reduce the gradients of the new ones.
         self.model_wrapped = self.model
         self.model.train()
-        return frozen_fingerprints(self.model)
+        self._fingerprints = frozen_fingerprints(self.model)
 
-    def _end_stage(self, stage: Stage, before: dict[str, str], seconds: float, first_epoch: float) -> None:
+    def _end_stage(self, stage: Stage, seconds: float) -> None:
         assert self._frozen is not None
-        check_unchanged(before, self.model, stage.name)
-        epochs = round((self.state.epoch or 0) - first_epoch)
+        epochs = round((self.state.epoch or 0) - self.plan.start_epoch(self._stage_index))
         images = epochs * (self._num_train_images() or 0)
         key = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
         values = [
@@ -313,6 +313,9 @@ class ThawTrainer(Trainer):
             cast(dict[str, Any], self.state.log_history[-1])["stage_name"] = self.stage.name
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        assert self.stage is not None
+        # Before the best weights are loaded, which may be those of an earlier stage.
+        check_unchanged(self._fingerprints, self.model, self.stage.name)
         last = self._stage_index == len(self.plan.stages) - 1 or self.control.should_training_stop
         if last:
             self._total_loss_scalar += self._earlier_loss
