@@ -78,7 +78,8 @@ def test_train_leaves_a_complete_folder_that_pipeline_uses(run, make_image_folde
 
     code, _, stderr = run("train", "staged", "--data", data, *SMALL, "--output", out)
     assert code == 2
-    assert "exists and is not empty, and torchthaw never overwrites a run" in stderr
+    assert "holds a run, and torchthaw never overwrites one" in stderr
+    assert "--resume" in stderr
 
 
 def test_bad_images_are_all_listed_or_dropped(run, make_image_folder, tmp_path):

@@ -20,7 +20,7 @@ LAYERS = [
     {"sharing"},
     {"recipe", "console"},
     {"preparation"},
-    {"run"},
+    {"run", "dry_run"},
     {"use"},
     {"cli"},
     {"__main__"},

@@ -9,6 +9,7 @@ import yaml
 
 from torchthaw.errors import PlanError, RecipeError, ThawError
 from torchthaw.recipe import Recipe, find_recipe, load_recipe, packaged_recipes, parse_override
+from torchthaw.stages.plan import Stage, StagePlan
 
 MINIMAL = {"backbone": "resnet18", "data": {"path": "photos"}}
 
@@ -18,7 +19,7 @@ def test_every_packaged_recipe_is_valid():
     assert {"quickstart", "staged", "two_phase"} <= set(recipes)
     for name, file in recipes.items():
         recipe = load_recipe(file, {"data.path": "photos"})
-        assert recipe.stage_plan().epochs >= 1
+        assert recipe.stage_plan().stages
         header = file.read_text().split("\nbackbone:")[0]
         assert f"torchthaw train {name}" in header, f"{name}: the header shows no command"
         assert "Hardware" in header
@@ -27,6 +28,65 @@ def test_every_packaged_recipe_is_valid():
 def test_a_resolved_recipe_gives_the_same_run():
     recipe = load_recipe({**MINIMAL, "stages": [{"name": "a", "unfreeze": ["head"], "learning_rate": 1e-3}]})
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_stages_take_every_field_and_survive_yaml(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("""
+backbone: resnet18
+data: {path: photos}
+gate: off
+min_gain: 0.005
+on_reject: stop
+stages:
+  - {name: head, unfreeze: head, steps: 40, warmup: 5, optimizer: sgd, optimizer_args: {nesterov: true}, batch_size: 8}
+  - {name: top, unfreeze: ["layer[34]", head], learning_rate: 1e-5..1e-3, schedule: cosine_with_restarts,
+     schedule_args: {num_cycles: 2}, max_grad_norm: 0, patience: 2, on_nan: retry, frozen_dropout: true}
+  - {name: all, epochs: 2, image_size: 160, augmentation: {mixup: 0.2}}
+""")
+    recipe = load_recipe(file)
+    assert (recipe.gate, recipe.min_gain, recipe.on_reject) == ("off", 0.005, "stop")
+    assert recipe.stage_plan() == StagePlan(
+        (
+            Stage("head", "head", steps=40, warmup=5, optimizer="sgd", optimizer_args={"nesterov": True}, batch_size=8),
+            Stage(
+                "top",
+                ("layer[34]", "head"),
+                learning_rate="1e-5..1e-3",
+                schedule="cosine_with_restarts",
+                schedule_args={"num_cycles": 2},
+                max_grad_norm=0,
+                patience=2,
+                on_nan="retry",
+                frozen_dropout=True,
+            ),
+            Stage("all", epochs=2, image_size=160, augmentation={"mixup": 0.2}),
+        )
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(again) == recipe
+    # Any other reader of YAML gets the same.
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_the_gate_keeps_what_is_better_unless_the_recipe_says_otherwise():
+    recipe = load_recipe(MINIMAL)
+    assert (recipe.gate, recipe.min_gain, recipe.on_reject) == ("best", 0.0, "continue")
+
+
+def test_words_are_text_and_only_true_and_false_are_booleans():
+    overrides = dict(map(parse_override, ["gate=off", "on_reject=stop", "a=yes", "b=true", "c=False", "d=~"]))
+    assert overrides == {"gate": "off", "on_reject": "stop", "a": "yes", "b": True, "c": False, "d": None}
+    assert load_recipe(MINIMAL, {"gate": "off"}).gate == "off"
+    assert yaml.safe_load("off") is False, "PyYAML's own loader is left as it is"
+
+
+def test_random_statistics_are_never_kept():
+    stages = [{"name": "a", "unfreeze": "head"}, {"name": "b", "batch_norm": "freeze_affine"}]
+    pretrained, random = ({**MINIMAL, "stages": stages, "weights": weights} for weights in ("DEFAULT", None))
+    assert [stage.batch_norm for stage in load_recipe(pretrained).stage_plan().stages] == ["auto", "freeze_affine"]
+    assert [stage.batch_norm for stage in load_recipe(random).stage_plan().stages] == ["train", "freeze_affine"]
 
 
 def test_numbers_such_as_1e_3_are_numbers(tmp_path):
@@ -52,7 +112,25 @@ def test_overrides_reach_nested_keys():
             {**MINIMAL, "data": {"path": "p", "valdation": 0.1}},
             "unknown key 'data.valdation'. Did you mean 'validation'",
         ),
-        ({**MINIMAL, "stages": [{"name": "a", "unfreze": 1}]}, "unknown key 'unfreze'. Did you mean 'unfreeze'"),
+        (
+            {**MINIMAL, "stages": [{"name": "a", "unfreze": 1}]},
+            "stage 'a' has the unknown key 'unfreze'. Did you mean 'unfreeze'",
+        ),
+        ({**MINIMAL, "stages": [{"name": "a"}, {"unfreeze": 1}]}, "stage number 2 has no name"),
+        ({**MINIMAL, "stages": [{"name": "a", "epochs": 1, "steps": 5}]}, "stage 'a' has both epochs"),
+        ({**MINIMAL, "epochs": 3, "stages": [{"name": "a", "steps": 5}]}, "its stages are counted in steps"),
+        (
+            {**MINIMAL, "stages": [{"name": "a"}, {"name": "b", "augmentation": "lihgt"}]},
+            "stage 'b': unknown augmentation 'lihgt'. Did you mean 'light'",
+        ),
+        (
+            {**MINIMAL, "stages": [{"name": "b", "augmentation": {"mixupp": 1}}]},
+            "stage 'b': augmentation has the unknown key 'mixupp'",
+        ),
+        ({**MINIMAL, "gate": "bets"}, "gate is 'bets'.*'best', 'significant' or 'off'"),
+        ({**MINIMAL, "min_gain": -0.1}, "min_gain is -0.1"),
+        ({**MINIMAL, "min_gain": float("nan")}, "min_gain is nan"),
+        ({**MINIMAL, "on_reject": "halt"}, "on_reject is 'halt'.*'continue' or 'stop'"),
         ({"data": {"path": "p"}}, "backbone is missing"),
         ({"backbone": "resnet18"}, "names no data; pass --data"),
         ({**MINIMAL, "batch_size": 0}, "batch_size is 0"),

@@ -69,6 +69,9 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any key of the recipe, as key.sub=value; repeatable.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the plan; train and write nothing.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -85,6 +88,15 @@ def train(
         checked = checked.model_copy(update={"output": f"thaw-{Path(recipe).stem}"})
 
     from torchthaw.console import Reporter
+
+    if dry_run:
+        from torchthaw.dry_run import dry_run as show_plan
+
+        document = show_plan(checked, Reporter(quiet=quiet))
+        if as_json:
+            _print_json(document)
+        return
+
     from torchthaw.run import run_recipe
 
     results = run_recipe(checked, Reporter(quiet=quiet))

@@ -3,6 +3,7 @@
 Importing this module does not import torch, so that a mistake in a recipe is reported at once.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -13,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from torchthaw.data.augmentation import make_augmentation
-from torchthaw.errors import RecipeError, did_you_mean
+from torchthaw.errors import RecipeError, ThawError, did_you_mean
 from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import make_plan
 
@@ -58,7 +59,7 @@ class Recipe(_Section):
         data: The images.
         plan: `head`, `partial`, `two_phase`, `staged` or `full`; not together with `stages`.
         epochs: Length of the plan, shared out over its stages; None takes 7.
-        stages: Explicit stages instead of `plan`.
+        stages: Explicit stages instead of `plan`, with the keys of `Stage`.
         learning_rate: Rate of a new head; rates that the plan leaves open move in proportion. None takes the default
             of the backbone's family, as do the next two.
         weight_decay: Decoupled weight decay of weights.
@@ -67,7 +68,13 @@ class Recipe(_Section):
         batch_size: Images per step and device.
         metric: What chooses the best weights: `accuracy`, `macro_f1`, or `auto`, which takes macro F1 when the largest
             class has at least twice the images of the smallest.
-        optimizer: Any `optim` of transformers.
+        gate: What decides after each stage, on the validation images, whether it is kept: `best` if the metric is
+            better than before it, `significant` if it also gains beyond noise, `off` keeps every stage.
+        min_gain: Least gain in the metric for which `best` and `significant` keep a stage.
+        on_reject: What follows when a stage is not kept: it is rolled back, and the run goes on with the next stage
+            from the best weights so far (`continue`), or ends (`stop`).
+        optimizer: Any `optim` of transformers; `sgd` comes with momentum 0.9. Stages may have their own, as well as
+            their own `max_grad_norm`, `batch_size`, `image_size` and `augmentation`.
         max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
         label_smoothing: Share of each label spread over all classes.
         dropout: Dropout before the head, where the architecture has it; None keeps torchvision's.
@@ -89,6 +96,9 @@ class Recipe(_Section):
     image_size: int | None = Field(default=None, ge=16)
     batch_size: int = Field(default=32, ge=1)
     metric: Literal["auto", "accuracy", "macro_f1"] = "auto"
+    gate: Literal["best", "significant", "off"] = "best"
+    min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    on_reject: Literal["continue", "stop"] = "continue"
     optimizer: str = "adamw_torch"
     max_grad_norm: float = Field(default=1.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -99,8 +109,18 @@ class Recipe(_Section):
     output: str | None = None
 
     def stage_plan(self) -> StagePlan:
-        """Returns the plan, with the rates that the backbone's family gives still open."""
-        return make_plan(self.plan or "staged" if self.stages is None else {"stages": self.stages}, epochs=self.epochs)
+        """Returns the plan, with the rates that the backbone's family gives still open.
+
+        With random weights, BatchNorm `auto` becomes `train`: random statistics must not be kept.
+        """
+        plan = make_plan(self.plan or "staged" if self.stages is None else {"stages": self.stages}, epochs=self.epochs)
+        if self.weights is not None:
+            return plan
+        stages = [
+            dataclasses.replace(stage, batch_norm="train") if stage.batch_norm == "auto" else stage
+            for stage in plan.stages
+        ]
+        return StagePlan(tuple(stages), plan.name)
 
     def to_yaml(self) -> str:
         """Returns the complete recipe, from which the run can be repeated."""
@@ -179,9 +199,18 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loading in which `1e-3` is a number, as in YAML 1.2; YAML 1.1 wants a dot in it."""
+    """Safe loading with YAML 1.2's words: `1e-3` is a number, and `off`, `on`, `yes` and `no` are text.
+
+    In YAML 1.1 numbers want a dot, and these words are booleans, so that `gate: off` would be false.
+    """
 
 
+_BOOLEAN = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOLEAN, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -241,6 +270,12 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
             )
     if recipe.data.path is None and recipe.data.name is None:
         raise RecipeError(f"{where} names no data; pass --data FOLDER, or write data: {{path: FOLDER}}")
-    recipe.stage_plan()
+    plan = recipe.stage_plan()
     if recipe.augmentation is not None:
         make_augmentation(recipe.augmentation)
+    for stage in plan.stages:
+        if stage.augmentation is not None:
+            try:
+                make_augmentation(stage.augmentation)
+            except ThawError as error:
+                raise RecipeError(f"stage {stage.name!r}: {error}") from error

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import torch
 import transformers
+import yaml
 from datasets import Dataset
 
 from torchthaw._version import __version__
@@ -29,29 +30,45 @@ from torchthaw.evaluation.predictions import write_predictions
 from torchthaw.preparation import PreparedData, as_user_error, build_model, check_model, prepare_data, selection_metric
 from torchthaw.recipe import Recipe
 from torchthaw.stages.plan import StagePlan
+from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.callbacks import ProgressCallback
+from torchthaw.training.completion import SGD_MOMENTUM
+from torchthaw.training.resume import differences, has_checkpoint
 from torchthaw.training.trainer import ThawTrainer
 
+# What may differ between a run and its continuation: it changes where and how fast, not what comes out.
+_FREE_ON_RESUME = ("output", "num_workers")
 
-def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+
+def run_recipe(recipe: Recipe, reporter: Reporter, *, resume: bool = False) -> dict[str, Any]:
     """Trains, evaluates and saves what a recipe asks for.
+
+    Started by `torchrun` or `accelerate launch`, all processes train, and the first one writes and evaluates.
 
     Args:
         recipe: The recipe.
         reporter: Where messages go.
+        resume: Whether to go on with the run in the output folder, if it was interrupted; it ends exactly where it
+            would have without the interruption.
 
     Returns:
         The content of `results.json`.
 
     Raises:
-        ThawError: something that the recipe names does not exist or fit; nothing was written then, unless training
-            itself failed.
+        ThawError: something that the recipe names does not exist or fit, or the output folder holds another run;
+            nothing was written then, unless training itself failed.
     """
     started = time.monotonic()
     register_auto_classes()
     transformers.utils.logging.disable_progress_bar()
-    output = _fresh_output(recipe)
+    processes.join()
+    if not processes.is_main():
+        reporter = Reporter(quiet=True)
+    output = Path(recipe.output or f"thaw-{recipe.backbone}")
+    if processes.on_main(lambda: _check_output(recipe, output, resume=resume)):
+        reporter.say(f"{output} holds this run, complete; nothing is left to do")
+        return json.loads((output / "results.json").read_text(encoding="utf-8"))
     check_model(recipe)
     data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
     metric = selection_metric(recipe, data)
@@ -59,9 +76,53 @@ def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     model, processor = build_model(recipe, data.class_names)
     trainer = _make_trainer(recipe, model, processor, data, metric, output)
     _announce(recipe, trainer, data, metric, reporter)
-    output.mkdir(parents=True, exist_ok=True)
-    _write(output / "recipe.yaml", recipe.to_yaml())
-    _train(trainer, reporter)
+    if processes.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        _write(output / "recipe.yaml", recipe.to_yaml())
+    _train(trainer, reporter, resume=resume)
+    results = processes.on_main(lambda: _write_results(recipe, trainer, data, metric, output, reporter, started))
+    _report(results, output, reporter)
+    return results
+
+
+def _check_output(recipe: Recipe, output: Path, *, resume: bool) -> bool:
+    """Checks that the output folder is free, or holds this run; returns whether that is complete already."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    another = f"pass another one, such as --output {output}-2, or remove it"
+    saved = output / "recipe.yaml"
+    if not saved.is_file():
+        raise RecipeError(
+            f"the output folder {output} exists and is not empty, and torchthaw never overwrites anything; {another}"
+        )
+    if not resume:
+        raise RecipeError(
+            f"the output folder {output} holds a run, and torchthaw never overwrites one; add --resume to go on with "
+            f"it if it was interrupted; else {another}"
+        )
+    was, now = yaml.safe_load(saved.read_text(encoding="utf-8")), recipe.model_dump(mode="json")
+    for key in _FREE_ON_RESUME:
+        was.pop(key, None), now.pop(key, None)
+    different = "".join(f"\n  - {line}" for line in differences(was, now))
+    if different:
+        raise RecipeError(
+            f"{output} holds a run of another recipe:{different}\nTo go on with that run, write: "
+            f"torchthaw train {saved} --resume; else {another}"
+        )
+    return (output / "results.json").is_file()
+
+
+def _write_results(
+    recipe: Recipe,
+    trainer: ThawTrainer,
+    data: PreparedData,
+    metric: str,
+    output: Path,
+    reporter: Reporter,
+    started: float,
+) -> dict[str, Any]:
+    processor = trainer.processing_class
+    assert isinstance(processor, TorchvisionImageProcessor)
     results = {
         "backbone": recipe.backbone,
         "weights": recipe.weights,
@@ -70,29 +131,19 @@ def run_recipe(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         "num_images": {split: len(images) for split, images in data.splits.items()},
         "dropped_images": [{"path": bad.path, "reason": bad.reason} for bad in data.bad_images],
         "classes": data.class_names,
-        **_evaluate_splits(recipe, model, processor, data, output, reporter),
+        **_evaluate_splits(recipe, trainer.model, processor, data, output, reporter),
+        "gate": {"gate": recipe.gate, "min_gain": recipe.min_gain, "on_reject": recipe.on_reject},
         "stages": [record.to_dict() for record in trainer.stage_records],
         "seconds_total": round(time.monotonic() - started, 3),
         "peak_memory_mb": _peak_memory_mb(),
         "versions": _versions(),
     }
-    model.save_pretrained(output)
+    trainer.model.save_pretrained(output)
     processor.save_pretrained(output)
     _draw_training(trainer, output)
     # Last, so that a folder with results is a complete one.
     _write(output / "results.json", json.dumps(results, indent=2))
-    _report(results, output, reporter)
     return results
-
-
-def _fresh_output(recipe: Recipe) -> Path:
-    output = Path(recipe.output or f"thaw-{recipe.backbone}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecipeError(
-            f"the output folder {output} exists and is not empty, and torchthaw never overwrites a run; "
-            f"pass another one, such as --output {output}-2, or remove it"
-        )
-    return output
 
 
 def _make_trainer(
@@ -117,7 +168,11 @@ def _make_trainer(
             per_device_train_batch_size=recipe.batch_size,
             per_device_eval_batch_size=recipe.batch_size,
             metric_for_best_model=metric,
+            gate=recipe.gate,
+            min_gain=recipe.min_gain,
+            on_reject=recipe.on_reject,
             optim=recipe.optimizer,
+            optim_args=f"momentum={SGD_MOMENTUM}" if recipe.optimizer == "sgd" else None,
             max_grad_norm=recipe.max_grad_norm,
             label_smoothing_factor=recipe.label_smoothing,
             dataloader_num_workers=recipe.num_workers,
@@ -135,12 +190,13 @@ def _make_trainer(
     return trainer
 
 
-def _train(trainer: ThawTrainer, reporter: Reporter) -> None:
+def _train(trainer: ThawTrainer, reporter: Reporter, *, resume: bool) -> None:
+    goes_on = resume and processes.on_main(lambda: has_checkpoint(Path(str(trainer.args.output_dir))))
+    if resume and not goes_on:
+        reporter.say("No whole checkpoint was left, so the run starts from the beginning.")
     with reporter.progress("training", 1) as bar:
-        trainer.add_callback(
-            ProgressCallback(lambda: trainer.stage.name if trainer.stage else "done", bar.update, reporter.say)
-        )
-        trainer.train()
+        trainer.add_callback(ProgressCallback(bar.update, reporter.say))
+        trainer.train(resume_from_checkpoint=goes_on or None)
 
 
 def _train_batch_norm(plan: StagePlan) -> StagePlan:
@@ -210,11 +266,15 @@ def _announce(recipe: Recipe, trainer: ThawTrainer, data: PreparedData, metric: 
         shown = (
             f"{min(rates.values()):.1e} - {max(rates.values()):.1e}" if len(rates) > 1 else f"{rates[groups[-1]]:.1e}"
         )
-        rows.append((stage.name, " ".join(rates), stage.epochs, shown, trainer.batch_norm_policy(stage)))
+        length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs} epochs"
+        rows.append((stage.name, " ".join(rates), length, shown, trainer.batch_norm_policy(stage)))
     reporter.table(
         f"plan: {trainer.plan.name}, best weights by validation {metric}",
-        ("stage", "trains", "epochs", "learning rates", "BatchNorm"),
+        ("stage", "trains", "length", "learning rates", "BatchNorm"),
         rows,
+    )
+    reporter.say(
+        f"Frozen groups run as in inference: BatchNorm statistics, dropout and stochastic depth. Gate: {recipe.gate}."
     )
 
 
@@ -222,10 +282,17 @@ def _report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> Non
     metric = results["metric"]
     reporter.table(
         "what each stage reached",
-        ("stage", "epochs", "trained parameters", "seconds", f"best validation {metric}"),
+        ("stage", "epochs", "trained parameters", "seconds", f"best validation {metric}", "kept"),
         [
-            (s["name"], s["epochs"], f"{s['trainable_parameters']:,}", f"{s['seconds']:.1f}", f"{s['best_metric']:.4f}")
-            for s in results["stages"]
+            (
+                stage["name"],
+                stage["epochs"],
+                f"{stage['trainable_parameters']:,}",
+                f"{stage['seconds']:.1f}",
+                "-" if stage["best_metric"] is None else f"{stage['best_metric']:.4f}",
+                "yes" if stage["accepted"] else "no",
+            )
+            for stage in results["stages"]
         ],
     )
     for split in ("validation", "test"):

@@ -178,6 +178,13 @@ def test_modules_held_in_eval_mode():
     assert not converted.backbone.conv1[1].training
     assert converted.backbone.conv5[1].training
 
+    again = nn.SyncBatchNorm.convert_sync_batchnorm(build())
+    again.hold_in_eval(["backbone.stage2", "backbone.conv5.1"])
+    again.train()
+    modes = {name: part.training for name, part in again.named_modules() if isinstance(part, nn.SyncBatchNorm)}
+    held = {name for name in modes if name.startswith("backbone.stage2.")} | {"backbone.conv5.1"}
+    assert {name for name, training in modes.items() if not training} == held
+
     model.hold_in_eval([])
     assert model.held_in_eval == ()
     assert model.backbone.conv1[1].training
@@ -185,6 +192,97 @@ def test_modules_held_in_eval_mode():
         ValueError, match=r"no module 'backbone.conv6' to hold in eval mode. Did you mean 'backbone.conv"
     ):
         model.hold_in_eval(["backbone.conv6"])
+
+
+def group_of(model: TorchvisionForImageClassification) -> dict[str, str]:
+    """Group of each parameter by name, which must be exactly one."""
+    groups = model.layer_groups()
+    names = [(name, group) for group, members in groups.items() for name in members.parameters]
+    assert sorted(name for name, _ in names) == sorted(name for name, _ in model.named_parameters())
+    assert list(groups)[-1] == "head"
+    for group in groups.values():
+        for name, parameter in group.parameters.items():
+            assert model.get_parameter(name) is parameter
+    return dict(names)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "alexnet", "convnext_tiny", "vit_b_32", "squeezenet1_1"])
+def test_what_is_added_to_the_model_belongs_to_the_head(architecture: str):
+    with torch.device("meta"):
+        model = build(architecture, 64)
+        before = group_of(model)
+        modules_before = {name: list(group.modules) for name, group in model.layer_groups().items()}
+        model.extra = nn.Sequential(nn.Linear(3, 3), nn.Dropout())
+        model.scale = nn.Parameter(torch.ones(3))
+        model.backbone.adapter = nn.BatchNorm2d(8)
+        model.backbone.prompt = nn.Parameter(torch.ones(2, 8))
+        model.backbone.more = nn.ModuleDict({"pool": nn.AdaptiveAvgPool2d(1), "drop": nn.Dropout()})
+    after = group_of(model)
+    assert {name: after[name] for name in before} == before
+    assert {name: group for name, group in after.items() if name not in before} == dict.fromkeys(
+        [
+            "scale",
+            "extra.0.weight",
+            "extra.0.bias",
+            "backbone.prompt",
+            "backbone.adapter.weight",
+            "backbone.adapter.bias",
+        ],
+        "head",
+    )
+    modules = {name: list(group.modules) for name, group in model.layer_groups().items()}
+    modules_before["head"] += ["backbone.adapter", "backbone.more", "extra"]
+    assert {name: sorted(paths) for name, paths in modules.items()} == {
+        name: sorted(paths) for name, paths in modules_before.items()
+    }
+
+
+def test_layers_appended_to_a_container_that_groups_share_belong_to_the_head():
+    with torch.device("meta"):
+        model = build("alexnet", 64)
+        model.backbone.classifier.append(nn.Linear(3, 2))
+        model.backbone.classifier.norm = nn.BatchNorm1d(2)
+    groups = model.layer_groups()
+    names = ["backbone.classifier.6", "backbone.classifier.7", "backbone.classifier.norm"]
+    assert list(groups["head"].modules) == names
+    assert {name for name, group in group_of(model).items() if group == "head"} == {
+        f"{name}.{kind}" for name in names for kind in ("weight", "bias")
+    }
+
+
+def test_what_is_put_into_a_group_belongs_to_it():
+    with torch.device("meta"):
+        model = build("resnet18")
+        block = model.backbone.layer2[0]
+        block.conv1 = nn.Sequential(block.conv1, nn.Conv2d(128, 128, 1))
+        model.backbone.layer3.adapter = nn.BatchNorm2d(256)
+        model.backbone.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 3))
+        nn.utils.parametrizations.weight_norm(model.backbone.conv1)
+    group = group_of(model)
+    assert group["backbone.layer2.0.conv1.0.weight"] == group["backbone.layer2.0.conv1.1.weight"] == "layer2"
+    assert group["backbone.layer3.adapter.weight"] == "layer3"
+    assert group["backbone.fc.1.weight"] == "head"
+    assert group["backbone.conv1.parametrizations.weight.original1"] == "stem"
+    assert list(model.layer_groups()["head"].modules) == ["backbone.avgpool", "backbone.fc"]
+
+
+def test_other_names_of_what_is_in_a_group_change_nothing():
+    with torch.device("meta"):
+        model = build("resnet18")
+        before = {name: (list(g.modules), list(g.parameters)) for name, g in model.layer_groups().items()}
+        model.last = model.backbone.layer4
+        model.backbone.first_weight = model.backbone.conv1.weight
+        model.backbone.layer4.tied = model.backbone.layer1[0].conv1.weight
+    # named_parameters() finds this name first.
+    before["stem"][1][0] = "backbone.first_weight"
+    assert {name: (list(g.modules), list(g.parameters)) for name, g in model.layer_groups().items()} == before
+    group_of(model)
+    with torch.device("meta"):
+        model.both = nn.ModuleList([model.backbone.layer4, nn.Linear(2, 2)])
+        vit = build("vit_b_32", 64)
+        vit.token = vit.backbone.class_token
+    assert list(model.layer_groups()["head"].modules) == ["backbone.avgpool", "backbone.fc", "both.1"]
+    assert group_of(vit)["token"] == "stem"
 
 
 @pytest.mark.parametrize("architecture", ["squeezenet1_1", "maxvit_t", "googlenet", "inception_v3", "vit_b_32"])

@@ -114,6 +114,41 @@ def test_a_view_is_a_function_of_seed_stage_epoch_and_sample_alone(photos, proce
     assert not any(map(torch.equal, pixels(first), expected))
 
 
+def test_another_stage_has_its_own_views_augmentation_and_size(photos, processor):
+    first = ImageView(photos, processor, EVERYTHING, seed=3)
+    first.set_epoch(2)
+    before = pixels(first)
+    second = first.for_stage(1)
+    expected = ImageView(photos, processor, EVERYTHING, seed=3, stage=1)
+    for epoch in (0, 2):
+        second.set_epoch(epoch)
+        expected.set_epoch(epoch)
+        assert torch.equal(pixels(second), pixels(expected))
+    assert torch.equal(pixels(first), before), "its epoch is its own"
+    assert not any(map(torch.equal, pixels(second), before))
+
+    light = AUGMENTATIONS["light"]
+    expected = ImageView(photos, processor.with_settings(crop_size=48), light, seed=3, stage=2)
+    large = first.for_stage(2, augmentation=light, image_size=48)
+    assert large[0]["pixel_values"].shape == (3, 48, 48)
+    assert torch.equal(pixels(large), pixels(expected))
+    assert torch.equal(pixels(large.for_stage(2, augmentation=light)), pixels(expected)), "the size is kept"
+    assert (processor.size, processor.crop_size) == ({"shortest_edge": 36}, {"height": 32, "width": 24})
+    assert first[0]["pixel_values"].shape == (3, 32, 24)
+    assert torch.equal(pixels(first.for_stage(0)), pixels(ImageView(photos, processor, EVERYTHING, seed=3)))
+
+
+def test_a_stage_without_augmentation_sees_the_evaluation_view(photos, processor):
+    augmented = ImageView(photos, processor, EVERYTHING, seed=3)
+    plain = augmented.for_stage(1, augmentation=None)
+    assert torch.equal(pixels(plain), pixels(ImageView(photos, processor)))
+    assert plain[0]["labels"].ndim == 0
+    larger = augmented.for_stage(1, augmentation=None, image_size=64)
+    picture = to_rgb(PILImage.open(photos[0]["image"]["path"]))
+    expected = processor.with_settings(size={"shortest_edge": 72}, crop_size=64)(picture, return_tensors="pt")
+    assert torch.equal(larger[0]["pixel_values"], expected["pixel_values"][0])
+
+
 def test_the_same_picture_in_two_rows_looks_different(photos, processor):
     view = ImageView(photos.select([4, 4, 4]), processor, Augmentation())
     one, two, three = pixels(view)

@@ -100,6 +100,19 @@ def test_frozen_groups_compute_as_in_inference():
     assert model.two[1].training
 
 
+def test_frozen_groups_keep_their_dropout_if_the_stage_says_so_but_never_their_statistics():
+    model = TinyNet()
+    stage = Stage("s", unfreeze=1, learning_rate=1e-2, frozen_dropout=True)
+    freeze_for_stage(model, stage, "train")
+    model.train()
+    assert model.one[3].training, "dropout of a frozen group stays active"
+    assert not model.one[1].training
+    assert model.two[1].training
+    before = snapshot(model)
+    take_steps(model, stage)
+    assert not any(name.startswith("one") for name in changed(before, model))
+
+
 def test_unfreezing_again_sets_everything_free():
     model = TinyNet()
     freeze_for_stage(model, Stage("a", unfreeze="head", learning_rate=1e-3), "eval")

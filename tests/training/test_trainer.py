@@ -83,7 +83,7 @@ class Watcher(TrainerCallback):
 
 def test_each_stage_moves_its_groups_only_and_the_run_is_one(tmp_path, splits, processor):
     watcher = Watcher()
-    trainer = new_trainer(tmp_path, splits, processor, callbacks=[watcher], load_best_model_at_end=False)
+    trainer = new_trainer(tmp_path, splits, processor, callbacks=[watcher], load_best_model_at_end=False, gate="off")
     groups = {name: set(group.parameters) for name, group in trainer.model.layer_groups().items()}
     trainer.train()
 

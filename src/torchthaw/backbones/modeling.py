@@ -135,19 +135,24 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         """Returns the layer groups by name, in forward order; the last one is `head`.
 
         Each parameter is in exactly one group, and so is each layer with parameters or statistics and each dropout.
+        What was added to the model belongs to the group in whose modules it was put, and else to the head, since it is
+        as untrained as that.
         """
-        parameters = dict(self.backbone.named_parameters())
+        paths = {
+            name: [f"{_PREFIX}.{path}" for path in group]
+            for name, group in group_paths(self.config.architecture, self.backbone).items()
+        }
+        paths[HEAD] += _additions(self, {path for group in paths.values() for path in group})
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
         groups = {}
-        for name, paths in group_paths(self.config.architecture, self.backbone).items():
-            modules = {path: self.backbone.get_submodule(path) for path in paths if path not in parameters}
-            members = {path: parameters[path] for path in paths if path in parameters}
-            for path, module in modules.items():
-                members.update({f"{path}.{key}": parameter for key, parameter in module.named_parameters()})
-            groups[name] = LayerGroup(
-                name=name,
-                modules={f"{_PREFIX}.{path}": module for path, module in modules.items()},
-                parameters={f"{_PREFIX}.{path}": parameter for path, parameter in members.items()},
-            )
+        for name, group in paths.items():
+            modules = {path: self.get_submodule(path) for path in group if path not in parameters}
+            found = [parameters[path] for path in group if path in parameters]
+            found += [parameter for module in modules.values() for parameter in module.parameters()]
+            # A parameter that several groups share belongs to the first.
+            members = {names.pop(id(parameter)): parameter for parameter in found if id(parameter) in names}
+            groups[name] = LayerGroup(name=name, modules=modules, parameters=members)
         return groups
 
     @property
@@ -399,6 +404,28 @@ class TorchvisionForImageClassification(TorchvisionPreTrainedModel):
             hidden_states=tuple(recorded[name] for name in ends) if with_states else None,
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+def _additions(model: nn.Module, listed: set[str]) -> list[str]:
+    """Returns the uppermost modules and the parameters of a model that are not within the listed ones, by name."""
+    modules = {path: module for path, module in model.named_modules() if path in listed}
+    known = {part for module in modules.values() for part in module.modules()}
+    added: list[str] = []
+
+    def search(module: nn.Module, path: str) -> None:
+        added.extend(name for name, _ in module.named_parameters(path, recurse=False) if name not in listed)
+        for name, child in module.named_children():
+            if child in known:
+                continue
+            child_path = f"{path}.{name}" if path else name
+            if known.isdisjoint(child.modules()):
+                added.append(child_path)
+                known.update(child.modules())
+            else:
+                search(child, child_path)
+
+    search(model, "")
+    return added
 
 
 def classification_loss(

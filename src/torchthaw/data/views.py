@@ -2,17 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image
+from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.data.augmentation import Augmentation
 from torchthaw.data.images import decode_image
-from torchthaw.data.transforms import eval_transform, train_transform
+from torchthaw.data.transforms import ImageTransform, eval_transform, train_transform
 from torchthaw.errors import DataError
 
 
@@ -48,12 +50,28 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
                 "Pass the data set through load_image_dataset(dataset) first."
             )
         self.dataset = dataset.with_format(None).cast_column("image", Image(decode=False))
+        self.processor = processor
         self.augmentation = augmentation
         self.seed = seed
         self.stage = stage
         # Shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._transform = train_transform(processor, augmentation) if augmentation else eval_transform(processor)
+        self._transform = view_transform(processor, augmentation)
+
+    def for_stage(
+        self, stage: int, *, augmentation: Augmentation | Literal["same"] | None = "same", image_size: int | None = None
+    ) -> "ImageView":
+        """Returns a view of the same images for another stage, which starts at epoch 0.
+
+        Args:
+            stage: Number of the stage.
+            augmentation: Random changes of that stage, `None` for none; those of this view by default.
+            image_size: Side of the square images in pixels; the processor's size by default. Images that are not
+                augmented are resized in proportion before the crop.
+        """
+        chosen = self.augmentation if augmentation == "same" else augmentation
+        processor = self.processor if image_size is None else self.processor.resized(image_size)
+        return ImageView(self.dataset, processor, chosen, self.seed, stage)
 
     @property
     def class_names(self) -> list[str]:
@@ -101,16 +119,29 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
     def _view(self, index: int) -> tuple[Tensor, int]:
         row = self.dataset[index]
         picture = decode_image(row["image"], name=row.get("path"))
-        if self.augmentation is None:
-            return self._transform(picture), row["label"]
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would reseed the accelerators too, and with them dropout.
-            torch.default_generator.manual_seed(self._seed_of(index, "view"))
-            return self._transform(picture), row["label"]
+        return transformed(picture, self._transform, self._seed_of(index, "view")), row["label"]
 
     def _seed_of(self, index: int, purpose: str) -> int:
-        key = f"{purpose} {self.seed} {self.stage} {int(self._epoch)} {index}"
-        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+        return hashed_seed(purpose, self.seed, self.stage, int(self._epoch), index)
+
+
+def view_transform(processor: TorchvisionImageProcessor, augmentation: Augmentation | None) -> ImageTransform:
+    """Returns the random transform of an augmentation, or without one that of evaluation."""
+    return train_transform(processor, augmentation) if augmentation else eval_transform(processor)
+
+
+def transformed(picture: PILImage.Image, transform: ImageTransform, seed: int) -> Tensor:
+    """Returns the tensor of a picture, with a random transform that depends on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed the accelerators too, and with them dropout.
+        torch.default_generator.manual_seed(seed)
+        return transform(picture)
+
+
+def hashed_seed(*parts: str | int) -> int:
+    """Returns a seed of 63 bits that depends on the parts alone, also in another process."""
+    key = " ".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -61,7 +61,8 @@ def freeze_for_stage(model: GroupedModel, stage: Stage, batch_norm: BatchNormPol
     """Sets `requires_grad` of every parameter, and the modules that `model.train()` leaves in eval mode.
 
     Frozen groups stay in eval mode as a whole: their BatchNorm statistics, dropout and stochastic depth are those of
-    inference. In live groups the BatchNorm policy decides.
+    inference; with the stage's `frozen_dropout`, only their BatchNorm modules do. In live groups the BatchNorm policy
+    decides.
 
     Raises:
         PlanError: nothing would be left to train.
@@ -74,9 +75,9 @@ def freeze_for_stage(model: GroupedModel, stage: Stage, batch_norm: BatchNormPol
         for parameter in group.parameters.values():
             parameter.requires_grad_(name in live)
         if name not in live:
-            held.extend(group.modules)
+            held.extend((module for module, _ in batch_norms(group)) if stage.frozen_dropout else group.modules)
             continue
-        for module_name, norm in _batch_norms(group):
+        for module_name, norm in batch_norms(group):
             if batch_norm == "eval":
                 held.append(module_name)
             if batch_norm in ("eval", "freeze_affine"):
@@ -98,7 +99,8 @@ def freeze_for_stage(model: GroupedModel, stage: Stage, batch_norm: BatchNormPol
     )
 
 
-def _batch_norms(group: Group) -> list[tuple[str, _BatchNorm]]:
+def batch_norms(group: Group) -> list[tuple[str, _BatchNorm]]:
+    """Returns the BatchNorm modules of a layer group with their full names."""
     return [
         (f"{prefix}.{name}" if name else prefix, module)
         for prefix, root in group.modules.items()

@@ -4,7 +4,10 @@ Where the numbers come from:
 
 - Head first, then the rest at a 10-100 times lower rate: Howard and Ruder 2018 (ULMFiT, gradual unfreezing and
   discriminative rates); Kumar et al. 2022 show why the head goes first (LP-FT).
-- AdamW at 1e-3 for a new linear head is the usual choice and was not tuned further.
+- AdamW at 1e-3 for a new linear head is the usual choice and was not tuned further. Neither were the rates of an
+  unfrozen backbone, 3e-4 (CNNs) and 2e-4 (transformers), which layer decay lowers further towards the input; nor the
+  length of 7 epochs, and how it is shared out over the stages.
+- Weight decay: 0.05 for transformers as in the fine-tuning of BEiT and MAE; 0.01 for CNNs is torch's default of AdamW.
 - Layer decay of transformers: 0.75 per block, Bao et al. 2022 (BEiT) and He et al. 2022 (MAE); their warmup is 5 of
   50-100 epochs, the 5-10 % that `Stage.warmup` defaults to.
 - Layer decay of CNNs: 0.3 per resolution stage, close to the factor 1 / 2.6 between layers of ULMFiT.
@@ -82,7 +85,8 @@ def make_plan(plan: PlanLike, *, epochs: int | None = None) -> StagePlan:
 
     Args:
         plan: A preset's name, a `StagePlan`, a sequence of `Stage`, or `StagePlan.to_dict()`.
-        epochs: Length of a preset; plans with explicit stages have their own.
+        epochs: Length of a preset; plans with explicit stages have their own. 0 stands for the length that a plan
+            counted in steps has of itself.
 
     Raises:
         PlanError: the name is unknown, a value is out of range, or `epochs` contradicts explicit stages.
@@ -93,7 +97,13 @@ def make_plan(plan: PlanLike, *, epochs: int | None = None) -> StagePlan:
         plan = StagePlan.from_dict(plan)
     elif not isinstance(plan, StagePlan):
         plan = StagePlan(stages=tuple(plan))
-    if epochs is not None and epochs != plan.epochs:
+    if plan.epochs is None:
+        if epochs:
+            raise PlanError(
+                f"the length of the plan is {epochs} epochs by one setting, but its stages are counted in steps; "
+                "leave the number of epochs out, or give every stage its length in epochs"
+            )
+    elif epochs is not None and epochs != plan.epochs:
         raise PlanError(
             f"the stages are {plan.epochs} epochs long in all, but {epochs} epochs were asked for; "
             "change the stages' epochs, or name a preset, which is shared out over any number of epochs"

@@ -8,8 +8,9 @@ import torch
 from transformers import TrainingArguments
 
 from torchthaw.data.augmentation import Augmentation, make_augmentation
-from torchthaw.errors import PlanError
+from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.stages.presets import PlanLike, make_plan
+from torchthaw.training.gate import GATES
 
 if TYPE_CHECKING:
     PlanArgument = PlanLike
@@ -19,6 +20,8 @@ else:
     PlanArgument = str
     AugmentationArgument = str | None
 
+ON_REJECT = ("continue", "stop")
+
 
 @dataclass
 class ThawTrainingArguments(TrainingArguments):
@@ -27,23 +30,38 @@ class ThawTrainingArguments(TrainingArguments):
     Defaults that differ from `TrainingArguments`: the plan gives the number of epochs and the learning rates
     (`num_train_epochs` stretches a preset, `learning_rate` is the rate of a new head and moves all rates that the plan
     leaves open in proportion); `weight_decay` is that of the backbone's family; batches have 32 images; loss is logged
-    every epoch; validation and checkpoints come every epoch, and the weights with the best validation accuracy are
-    loaded at the end; a loss that is not finite ends the run; columns are kept (`remove_unused_columns=False`), because
-    images are decoded on the fly; memory is pinned only where there is CUDA.
+    every epoch; validation and checkpoints come every epoch, and validation before the first step too
+    (`eval_on_start`), since the gate compares with it; each stage hands on the weights of its best epoch, and those
+    that the gate kept are in the model at the end (`load_best_model_at_end`; without it, a stage hands on its last
+    weights); a loss that is not finite ends the stage; columns are kept (`remove_unused_columns=False`), because images
+    are decoded on the fly; memory is pinned only where there is CUDA; callbacks get their state back on resume
+    (`restore_callback_states_from_checkpoint`); DDP does not look for unused parameters
+    (`ddp_find_unused_parameters`), since each stage wraps the model anew.
 
     Args:
-        output_dir: Folder of checkpoints.
+        output_dir: Folder of checkpoints and of the run's journal.
         plan: Name of a preset (`head`, `partial`, `two_phase`, `staged`, `full`), a `StagePlan`, a list of `Stage`, or
             `StagePlan.to_dict()`.
         augmentation: Training augmentation: a preset's name (`none`, `light`, `medium`, `strong`), an `Augmentation`,
             or its fields. None takes the default of the backbone's family.
+        gate: What decides after each stage, on the validation images, whether its weights are kept: `best` if the
+            metric is better than before the stage, `significant` if it also gains beyond noise (exact McNemar test for
+            accuracy, paired bootstrap for macro F1 and others, p < 0.05), `off` keeps every stage. What is not kept is
+            rolled back. None takes `best`, or `off` without validation.
+        min_gain: Least gain in the metric for which `best` and `significant` keep a stage.
+        on_reject: Whether the run goes on with the next stage from the weights before a stage that was not kept
+            (`continue`), or ends (`stop`).
 
     Raises:
-        PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`.
+        PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`, the gate is unknown or has no
+            validation to decide by, or FSDP or DeepSpeed is asked for.
     """
 
     plan: PlanArgument = "staged"
     augmentation: AugmentationArgument = None
+    gate: str | None = None
+    min_gain: float = 0.0
+    on_reject: str = "continue"
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -51,25 +69,63 @@ class ThawTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 32
     logging_strategy: str = "epoch"
     eval_strategy: str = "epoch"
+    eval_on_start: bool | None = None  # type: ignore[assignment]
     save_strategy: str = "epoch"
     save_total_limit: int | None = 1
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "accuracy"
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
+    restore_callback_states_from_checkpoint: bool = True
+    ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
 
     def __post_init__(self) -> None:
+        self._check_engine()
         if self.max_steps > 0:
-            raise PlanError(f"max_steps is {self.max_steps}, but the plan's stages give the length; write their epochs")
+            raise PlanError(
+                f"max_steps is {self.max_steps}, but the plan's stages give the length; write their epochs or steps"
+            )
         epochs = self.num_train_epochs
         if epochs is not None and epochs != int(epochs):
             raise PlanError(f"num_train_epochs is {epochs}; a plan is made of whole epochs")
         plan = make_plan(self.plan, epochs=None if epochs is None else int(epochs))
         self.plan = plan.to_dict()
-        self.num_train_epochs = float(plan.epochs)
+        # 0 stands for the length that a plan counted in steps has of itself.
+        self.num_train_epochs = float(plan.epochs or 0)
         if isinstance(self.augmentation, Augmentation):
             self.augmentation = self.augmentation.to_dict()
         make_augmentation(self.augmentation or "none")
+        self._settle_gate()
+        # The order of the images must be the run's own on resume, whatever else has drawn random numbers.
+        self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
+
+    def _check_engine(self) -> None:
+        for name, wanted in (("fsdp", self.fsdp), ("deepspeed", self.deepspeed)):
+            if wanted:
+                raise PlanError(
+                    f"{name} is {wanted!r}, but stages change what is trainable, which {name} does not allow in one "
+                    "run; leave it out and use DDP (torchrun or accelerate launch), or one device: every backbone "
+                    "of torchvision fits on one"
+                )
+
+    def _settle_gate(self) -> None:
+        validates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+        if self.gate is None:
+            self.gate = "best" if validates else "off"
+        for key, value, choices in (("gate", self.gate, GATES), ("on_reject", self.on_reject, ON_REJECT)):
+            if value not in choices:
+                raise PlanError(
+                    f"unknown {key} {value!r}.{did_you_mean(value, choices)} There are {', '.join(choices)}."
+                )
+        if self.gate != "off" and not validates:
+            raise PlanError(
+                f"gate is {self.gate!r}, but eval_strategy is 'no', so that there is nothing to decide by; "
+                "write eval_strategy='epoch', or gate='off'"
+            )
+        if not self.min_gain >= 0:
+            raise PlanError(f"min_gain is {self.min_gain!r}; write 0 or a positive number such as 0.005")
+        if self.eval_on_start is None:
+            self.eval_on_start = self.gate != "off"

@@ -6,42 +6,103 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from torchthaw.stages.plan import Stage
+from torchthaw.training.records import StageRecord
 
 
-class _OneRunCallbackHandler(CallbackHandler):
-    """Fires `on_train_begin` at the first stage only: every stage passes through the Trainer's loop from its start."""
+class StageCallback(TrainerCallback):
+    """A `TrainerCallback` that is also told where stages begin and end.
+
+    Any callback with a method of these names gets the events. All callbacks can read the current stage from
+    `state.stage_index` and `state.stage_name`, and from the entries of `state.log_history`.
+    """
+
+    def on_stage_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any
+    ) -> None:
+        """The model is frozen for the stage, and its optimizer and schedule are made."""
+
+    def on_stage_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        stage: Stage,
+        record: StageRecord,
+        **kwargs: Any,
+    ) -> None:
+        """The gate has decided, and the model holds the weights that the run goes on from."""
+
+
+class StagedCallbackHandler(CallbackHandler):
+    """Fires `on_train_begin` once a run, though every stage passes through the Trainer's loop from its start."""
+
+    has_begun = False
+    stage: Stage | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> Any:
-        if state.global_step > 0:
-            return control
-        return super().on_train_begin(args, state, control, **kwargs)
+        if not self.has_begun:
+            self.has_begun = True
+            control = super().on_train_begin(args, state, control, **kwargs)
+        self.stage_event("on_stage_begin", args, state, control, stage=self.stage)
+        return control
+
+    def stage_event(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Calls `on_stage_begin` or `on_stage_end` of the callbacks that have it."""
+        for callback in self.callbacks:
+            handle = getattr(callback, event, None)
+            if handle is not None:
+                handle(args, state, control, model=self.model, **kwargs)
 
 
-def fire_train_begin_once(handler: CallbackHandler) -> None:
-    """Makes a handler report one `train_begin` for a run of several stages, keeping its callbacks and references."""
-    handler.__class__ = _OneRunCallbackHandler
-
-
-class ProgressCallback(TrainerCallback):
-    """Follows a staged run step by step and epoch by epoch.
+class StageEndCallback(TrainerCallback):
+    """Ends a stage at its last step, with the log line, validation and checkpoint that belong to a stage's end.
 
     Args:
-        current_stage: Returns the name of the stage that runs.
+        last_step: Returns the run's step at which the stage ends.
+        at_epoch_end: Called at the end of each epoch, before its log line, validation and checkpoint.
+    """
+
+    def __init__(self, last_step: Callable[[], int], at_epoch_end: Callable[[], None]) -> None:
+        self._last_step, self._at_epoch_end = last_step, at_epoch_end
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ends the epoch too, since a stage counted in steps may end within one."""
+        if state.global_step < self._last_step():
+            return
+        control.should_epoch_stop = True
+        control.should_log |= args.logging_strategy == IntervalStrategy.STEPS
+        control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS
+        control.should_save |= args.save_strategy == SaveStrategy.STEPS
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Passes the event on."""
+        self._at_epoch_end()
+
+
+class ProgressCallback(StageCallback):
+    """Follows a staged run step by step, epoch by epoch and stage by stage.
+
+    Args:
         move: Moves a progress bar; takes the steps done, all steps, and a text.
         say: Prints a line.
     """
 
-    def __init__(
-        self, current_stage: Callable[[], str], move: Callable[[int, int, str], None], say: Callable[[str], None]
-    ) -> None:
-        self._current_stage, self._move, self._say = current_stage, move, say
+    def __init__(self, move: Callable[[int, int, str], None], say: Callable[[str], None]) -> None:
+        self._move, self._say = move, say
         self._training_loss: float | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Moves the bar."""
-        self._move(state.global_step, state.max_steps, f"{self._current_stage()}, epoch {math.ceil(state.epoch or 0)}")
+        text = f"{_stage_name(state)}, epoch {math.ceil(state.epoch or 0)}"
+        self._move(state.global_step, state.max_steps, text)
 
     def on_log(
         self,
@@ -51,7 +112,7 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Prints one line for each epoch, once its validation is known."""
+        """Prints one line for each validation, once its training loss is known."""
         logs = logs or {}
         self._training_loss = logs.get("loss", self._training_loss)
         if "eval_loss" not in logs or self._training_loss is None:
@@ -59,6 +120,26 @@ class ProgressCallback(TrainerCallback):
         names = {"eval_accuracy": "accuracy", "eval_macro_f1": "macro F1"}
         figures = [f"{name} {logs[key]:.4f}" for key, name in names.items() if key in logs]
         self._say(
-            f"epoch {round(state.epoch or 0)} of {args.num_train_epochs:g} ({self._current_stage()}): "
+            f"epoch {math.ceil(state.epoch or 0)} of {state.num_train_epochs} ({_stage_name(state)}): "
             f"training loss {self._training_loss:.4f}, validation loss {logs['eval_loss']:.4f}, {', '.join(figures)}"
         )
+
+    def on_stage_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        stage: Stage,
+        record: StageRecord,
+        **kwargs: Any,
+    ) -> None:
+        """Prints what was decided, and how far the layer groups moved."""
+        moved = ", ".join(f"{group} {change:.2%}" for group, change in record.changes.items() if change)
+        self._say(f"stage {stage.name}: {record.reason}. Moved: {moved or 'nothing'}.")
+        if record.ended_early:
+            self._say(f"stage {stage.name} ended early: {record.ended_early}")
+
+
+def _stage_name(state: TrainerState) -> str:
+    return getattr(state, "stage_name", "done")

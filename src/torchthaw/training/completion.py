@@ -1,34 +1,53 @@
-"""Arguments made complete once the model and the data are known."""
+"""Arguments made complete and checked once the model and the data are known."""
 
-from collections.abc import Sized
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torchthaw.backbones.anatomy import uses_transformer_recipe
+from transformers.training_args import OptimizerNames
+
+from torchthaw.backbones.anatomy import check_image_size, family_of, uses_transformer_recipe
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
-from torchthaw.errors import PlanError
-from torchthaw.stages.plan import StagePlan
+from torchthaw.data.augmentation import make_augmentation
+from torchthaw.errors import PlanError, did_you_mean
+from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.stages.presets import family_defaults, fill_defaults
 from torchthaw.training.arguments import ThawTrainingArguments
+from torchthaw.training.datasets import length_of
+
+SGD_MOMENTUM = 0.9
 
 
-def check_batch_size(batch_size: int, dataset: Any) -> None:
-    """Refuses batches larger than the data.
+def check_data(args: ThawTrainingArguments, dataset: Any) -> None:
+    """Refuses batches larger than the data, and a plan in epochs for a stream, which has no length.
 
     Raises:
-        PlanError: there are fewer training images than one batch takes.
+        PlanError: there are fewer training images than one batch takes, or a stage of a stream is counted in epochs.
     """
-    if isinstance(dataset, Sized) and batch_size > len(dataset):
-        raise PlanError(
-            f"the batch size is {batch_size}, but there are {len(dataset)} training images, so that an epoch would be "
-            f"a single incomplete step; write a batch size of at most {max(1, len(dataset) // 4)}"
-        )
+    length = length_of(dataset)
+    stages = StagePlan.from_dict(args.plan).stages  # type: ignore[arg-type]
+    if length is None:
+        in_epochs = [stage.name for stage in stages if stage.steps is None]
+        if dataset is not None and in_epochs:
+            raise PlanError(
+                f"the training data is a stream of unknown length, but the stages {', '.join(map(repr, in_epochs))} "
+                "are counted in epochs; give every stage its length in steps, such as Stage('head', 'head', steps=200)"
+            )
+        return
+    for batch_size in (args.train_batch_size, *(stage.batch_size for stage in stages)):
+        if batch_size is not None and batch_size > length:
+            raise PlanError(
+                f"the batch size is {batch_size}, but there are {length} training images, so that an epoch would be a "
+                f"single incomplete step; write a batch size of at most {max(1, length // 4)}"
+            )
 
 
 def complete_arguments(args: ThawTrainingArguments, model: TorchvisionForImageClassification) -> None:
     """Fills what depends on the backbone into arguments that were left open, and checks the plan against it.
 
     Raises:
-        PlanError: a stage does not fit the backbone.
+        PlanError: a stage does not fit the backbone, or names an optimizer or augmentation that does not exist.
     """
     defaults = family_defaults(transformer=uses_transformer_recipe(model.config.architecture))
     if args.learning_rate is None:
@@ -37,7 +56,10 @@ def complete_arguments(args: ThawTrainingArguments, model: TorchvisionForImageCl
         args.weight_decay = defaults.weight_decay
     if args.augmentation is None:
         args.augmentation = defaults.augmentation
-    full_plan(args, model).check_groups(list(model.layer_groups()))
+    plan = full_plan(args, model)
+    plan.check_groups(list(model.layer_groups()))
+    for stage in plan.stages:
+        _check_stage(stage, model)
 
 
 def full_plan(args: ThawTrainingArguments, model: TorchvisionForImageClassification) -> StagePlan:
@@ -49,3 +71,56 @@ def full_plan(args: ThawTrainingArguments, model: TorchvisionForImageClassificat
         head_rate=args.learning_rate,
         weight_decay=args.weight_decay,
     )
+
+
+def optimizer_arguments(args: ThawTrainingArguments, stage: Stage) -> ThawTrainingArguments:
+    """Returns a copy of the arguments with the stage's kind of optimizer, for `Trainer` to look it up."""
+    args = copy.copy(args)
+    if stage.optimizer is not None:
+        args.optim = OptimizerNames(stage.optimizer)
+        args.optim_args = None
+    return args
+
+
+def optimizer_options(stage: Stage) -> dict[str, Any]:
+    """Returns what the stage asks of its optimizer; SGD comes with momentum."""
+    momentum = {"momentum": SGD_MOMENTUM} if stage.optimizer == OptimizerNames.SGD else {}
+    return {**momentum, **(stage.optimizer_args or {})}
+
+
+@contextmanager
+def stage_arguments(args: ThawTrainingArguments, stage: Stage) -> Iterator[None]:
+    """Lets the stage's own batch size and clipping stand in the arguments while it runs."""
+    own = {"per_device_train_batch_size": stage.batch_size, "max_grad_norm": stage.max_grad_norm}
+    before = {key: getattr(args, key) for key in own}
+    try:
+        for key, value in own.items():
+            if value is not None:
+                setattr(args, key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(args, key, value)
+
+
+def _check_stage(stage: Stage, model: TorchvisionForImageClassification) -> None:
+    if stage.augmentation is not None:
+        make_augmentation(stage.augmentation)
+    names = [member.value for member in OptimizerNames]
+    if stage.optimizer is not None and stage.optimizer not in names:
+        raise PlanError(
+            f"stage {stage.name!r}: unknown optimizer {stage.optimizer!r}.{did_you_mean(stage.optimizer, names)} "
+            "Write any optim of transformers, such as adamw_torch or sgd."
+        )
+    if stage.image_size is None:
+        return
+    architecture = model.config.architecture
+    if family_of(architecture).fixed_size:
+        raise PlanError(
+            f"stage {stage.name!r} has image_size {stage.image_size}, but {architecture} takes images of one size "
+            "only; leave it out, or take a backbone that accepts any size, such as resnet50 or convnext_tiny"
+        )
+    try:
+        check_image_size(architecture, stage.image_size)
+    except ValueError as error:
+        raise PlanError(f"stage {stage.name!r}: {error}") from error

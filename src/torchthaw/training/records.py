@@ -1,6 +1,6 @@
 """What is known about each stage after it ran."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -10,7 +10,8 @@ class StageRecord:
 
     Attributes:
         name: The stage's name.
-        epochs: Epochs that were run.
+        epochs: Epochs that were run, in full or in part.
+        steps: Optimizer steps that were made.
         seconds: Wall time, validation and checkpoints included.
         train_images_per_second: Training images over the time of the whole stage.
         trainable_parameters: Number of trainable scalars.
@@ -19,11 +20,16 @@ class StageRecord:
         batch_norm: BatchNorm policy of live groups.
         accepted: Whether the run went on from this stage's weights.
         reason: Why it was accepted or not.
+        comparison: The selection metric before and after on the same validation images, with the paired difference,
+            its 95 % interval and p-value; None where nothing was measured before.
+        changes: How far each layer group moved: L2 norm of the change over that before, up to the stage's best epoch.
         frozen_unchanged: Whether every frozen tensor was bit-identical at the end.
+        ended_early: Why the stage was shorter than planned; None if it was not.
     """
 
     name: str
     epochs: int
+    steps: int
     seconds: float
     train_images_per_second: float
     trainable_parameters: int
@@ -32,7 +38,10 @@ class StageRecord:
     batch_norm: str
     accepted: bool
     reason: str
-    frozen_unchanged: bool
+    comparison: dict[str, Any] | None = None
+    changes: dict[str, float] = field(default_factory=dict)
+    frozen_unchanged: bool = True
+    ended_early: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as plain data."""

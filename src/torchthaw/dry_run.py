@@ -1,0 +1,273 @@
+"""`torchthaw train --dry-run`: what a run would do, stage by stage and layer group by layer group, without doing it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from torchthaw.backbones.configuration import TorchvisionConfig
+from torchthaw.backbones.image_processing import TorchvisionImageProcessor
+from torchthaw.backbones.modeling import TorchvisionForImageClassification
+from torchthaw.console import Reporter
+from torchthaw.errors import WeightsError
+from torchthaw.preparation import as_user_error, check_model, prepare_data, selection_metric
+from torchthaw.recipe import Recipe
+from torchthaw.stages.freezing import batch_norms, freeze_for_stage, resolve_batch_norm
+from torchthaw.stages.param_groups import param_groups
+from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
+from torchthaw.training.arguments import ThawTrainingArguments
+from torchthaw.training.completion import check_data, complete_arguments, full_plan
+
+FROZEN = "frozen"
+_METRIC_NAMES = {"macro_f1": "macro F1"}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What stages take from the run unless they have their own.
+
+    Attributes:
+        optimizer: Any `optim` of transformers.
+        batch_size: Images per device and step.
+        image_size: Side of the images in pixels.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+    """
+
+    optimizer: str
+    batch_size: int
+    image_size: int
+    max_grad_norm: float
+
+
+def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+    """Prints what `torchthaw train` would do; reads and checks the images, but no weights, and writes nothing.
+
+    Returns:
+        Plain JSON data: `stages` (see `plan_rows`), `num_images` by split, `total_steps`, and the settings of the run.
+
+    Raises:
+        ThawError: something that the recipe names does not exist or fit.
+    """
+    check_model(recipe)
+    data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
+    settings = RunSettings(recipe.optimizer, recipe.batch_size, _image_size(recipe), recipe.max_grad_norm)
+    with as_user_error():
+        arguments = _arguments(recipe)
+        check_data(arguments, data.splits["train"])
+        model = _empty_model(recipe, data.class_names, settings.image_size)
+        complete_arguments(arguments, model)
+    plan = full_plan(arguments, model)
+    sizes = {split: len(images) for split, images in data.splits.items()}
+    stages = plan_rows(model, plan, num_images=sizes["train"], settings=settings)
+    document = {
+        "backbone": recipe.backbone,
+        "weights": recipe.weights,
+        "plan": plan.name,
+        **asdict(settings),
+        "metric": selection_metric(recipe, data),
+        "gate": {"gate": recipe.gate, "min_gain": recipe.min_gain, "on_reject": recipe.on_reject},
+        "num_images": sizes,
+        "total_steps": sum(stage["steps"] for stage in stages),
+        "stages": stages,
+    }
+    _print(document, plan, settings, reporter)
+    return document
+
+
+def plan_rows(
+    model: TorchvisionForImageClassification, plan: StagePlan, *, num_images: int, settings: RunSettings
+) -> list[dict[str, Any]]:
+    """Returns what each stage does, as plain data.
+
+    Args:
+        model: The model, on any device, `meta` included; it is left frozen as for the last stage.
+        plan: The plan with its defaults filled in.
+        num_images: Number of training images. One process makes ceil(`num_images` / batch size) steps of an epoch.
+        settings: What stages take from the run.
+
+    Returns:
+        For each stage its `name`, length (`epochs` is a fraction where the stage is counted in steps), `warmup_steps`,
+        settings, and `groups`, input to output: `parameters`, `trainable_parameters` and `not_decayed_parameters`
+        (trainable ones without weight decay) as numbers of scalars; peak `learning_rate` and `weight_decay` (None
+        where there is nothing to which it applies); `batch_norm`, which is "frozen" in frozen groups, the policy in
+        live ones, and None without BatchNorm.
+
+    Raises:
+        PlanError: a stage does not fit the model.
+    """
+    return [_stage_row(model, stage, num_images, settings) for stage in plan.stages]
+
+
+def _stage_row(
+    model: TorchvisionForImageClassification, stage: Stage, num_images: int, settings: RunSettings
+) -> dict[str, Any]:
+    own = {key: getattr(stage, key) for key in asdict(settings)}
+    chosen = {key: run if own[key] is None else own[key] for key, run in asdict(settings).items()}
+    per_epoch = math.ceil(num_images / chosen["batch_size"])
+    steps = stage.steps or (stage.epochs or 0) * per_epoch
+    policy = resolve_batch_norm(stage.batch_norm, num_images=num_images, batch_size=chosen["batch_size"])
+    frozen = freeze_for_stage(model, stage, policy)
+    return {
+        "name": stage.name,
+        "epochs": stage.epochs or round(steps / per_epoch, 2),
+        "steps": steps,
+        "warmup_steps": stage.warmup_steps(steps),
+        "schedule": stage.schedule,
+        **chosen,
+        "augmentation": stage.augmentation,
+        "patience": stage.patience,
+        "frozen_dropout": stage.frozen_dropout,
+        "parameters": frozen.parameters,
+        "trainable_parameters": frozen.trainable_parameters,
+        "groups": _group_rows(model, stage, policy, frozen.groups),
+    }
+
+
+def _group_rows(
+    model: TorchvisionForImageClassification, stage: Stage, policy: BatchNormPolicy, frozen: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    groups = model.layer_groups()
+    in_optimizer = {entry["name"]: entry for entry in param_groups(model, groups, stage)}
+    rows = []
+    for name, group in groups.items():
+        decayed, rest = (in_optimizer.get(f"{name}/{kind}") for kind in ("decay", "no_decay"))
+        trained = decayed or rest
+        rows.append(
+            {
+                "group": name,
+                "parameters": _scalars(group.parameters.values()),
+                "trainable_parameters": sum(_scalars(entry["params"]) for entry in (decayed, rest) if entry),
+                "not_decayed_parameters": _scalars(rest["params"]) if rest else 0,
+                "learning_rate": trained["lr"] if trained else None,
+                "weight_decay": decayed["weight_decay"] if decayed else None,
+                "batch_norm": (FROZEN if name in frozen else policy) if batch_norms(group) else None,
+            }
+        )
+    return rows
+
+
+def _scalars(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _arguments(recipe: Recipe) -> ThawTrainingArguments:
+    # The folder is only a name here: arguments write nothing.
+    return ThawTrainingArguments(
+        output_dir=recipe.output or "stages",
+        plan=recipe.stage_plan(),
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        augmentation=recipe.augmentation,
+        per_device_train_batch_size=recipe.batch_size,
+        gate=recipe.gate,
+        min_gain=recipe.min_gain,
+        on_reject=recipe.on_reject,
+        optim=recipe.optimizer,
+        report_to="none",
+    )
+
+
+def _empty_model(recipe: Recipe, class_names: list[str], image_size: int) -> TorchvisionForImageClassification:
+    config = TorchvisionConfig(
+        architecture=recipe.backbone,
+        image_size=image_size,
+        dropout=recipe.dropout,
+        stochastic_depth=recipe.stochastic_depth,
+        id2label=class_names,
+    )
+    with torch.device("meta"):
+        return TorchvisionForImageClassification(config)
+
+
+def _image_size(recipe: Recipe) -> int:
+    """Returns the recipe's image size, or that of the weights."""
+    if recipe.image_size is not None:
+        return recipe.image_size
+    try:
+        with as_user_error():
+            processor = TorchvisionImageProcessor.from_torchvision(recipe.backbone, weights=recipe.weights)
+    except OSError as error:
+        raise WeightsError(
+            f"the image size of the weights {recipe.weights} cannot be read: {str(error).splitlines()[0]} Write "
+            "image_size: 224, or whatever they were saved with."
+        ) from error
+    return int(processor.crop_size["height"])
+
+
+def _print(document: Mapping[str, Any], plan: StagePlan, settings: RunSettings, reporter: Reporter) -> None:
+    stages = document["stages"]
+    clipping = f"gradients clipped to {settings.max_grad_norm:g}" if settings.max_grad_norm else "no clipping"
+    reporter.say(
+        f"plan {plan.name} for {document['backbone']}: {settings.optimizer}, {clipping}, "
+        f"batches of {settings.batch_size}, images of {settings.image_size} pixels"
+    )
+    # What every stage takes from the run stands above; columns show only where stages differ from it.
+    own = {key: getattr(settings, key, None) for key in (*asdict(settings), "augmentation", "patience")}
+    extra = [key for key, run in own.items() if any(stage[key] != run for stage in stages)]
+    reporter.table(
+        "stages",
+        ("stage", "epochs", "steps", "warmup steps", "schedule", *(key.replace("_", " ") for key in extra)),
+        [
+            [
+                stage["name"],
+                f"{stage['epochs']:g}",
+                *(stage[key] for key in ("steps", "warmup_steps", "schedule")),
+                *("-" if stage[key] is None else stage[key] for key in extra),
+            ]
+            for stage in stages
+        ],
+    )
+    for stage in stages:
+        reporter.table(
+            f"{stage['name']}: {stage['trainable_parameters']:,} of {stage['parameters']:,} parameters train",
+            ("layer group", "parameters", "train", "learning rate", "weight decay", "not decayed", "BatchNorm"),
+            [_cells(group) for group in stage["groups"]],
+        )
+    for line in (_frozen_line(plan), _gate_line(document), _total_line(document)):
+        reporter.say(line)
+
+
+def _cells(group: Mapping[str, Any]) -> list[str]:
+    def shown(key: str, form: str) -> str:
+        return "-" if group[key] is None else format(group[key], form)
+
+    trains = group["trainable_parameters"] > 0
+    return [
+        group["group"],
+        shown("parameters", ","),
+        shown("trainable_parameters", ","),
+        shown("learning_rate", ".2e"),
+        shown("weight_decay", "g"),
+        shown("not_decayed_parameters", ",") if trains else "-",
+        shown("batch_norm", ""),
+    ]
+
+
+def _frozen_line(plan: StagePlan) -> str:
+    line = (
+        "Frozen groups are in eval mode as a whole: BatchNorm statistics, dropout and stochastic depth are those of "
+        "inference"
+    )
+    active = [stage.name for stage in plan.stages if stage.frozen_dropout]
+    return f"{line}, except for dropout and stochastic depth in {', '.join(active)}." if active else f"{line}."
+
+
+def _gate_line(document: Mapping[str, Any]) -> str:
+    gate, min_gain, on_reject = (document["gate"][key] for key in ("gate", "min_gain", "on_reject"))
+    if gate == "off":
+        return "The gate is off: every stage is kept."
+    metric = _METRIC_NAMES.get(document["metric"], document["metric"])
+    beyond = " beyond noise" if gate == "significant" else ""
+    least = f" and by at least {min_gain:g}" if min_gain else ""
+    then = "goes on with the next one from the best weights so far" if on_reject == "continue" else "ends"
+    return (
+        f"The gate keeps a stage if validation {metric} is better{beyond} than before it{least}; otherwise the stage "
+        f"is rolled back, and the run {then}."
+    )
+
+
+def _total_line(document: Mapping[str, Any]) -> str:
+    sizes = ", ".join(f"{count} {split}" for split, count in document["num_images"].items())
+    return f"In all {document['total_steps']} steps on one process; images: {sizes}. Nothing was trained or written."

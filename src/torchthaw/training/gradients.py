@@ -1,0 +1,77 @@
+"""Gradients of a step: clipped, and refused when they are not finite."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchthaw.errors import TrainingError
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient is NaN or infinite; the weights are those before the step."""
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scales gradients to a norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does; finite ones only.
+
+    Args:
+        parameters: Their gradients are clipped together.
+        max_norm: The largest L2 norm; infinity only measures.
+
+    Returns:
+        The norm before clipping, a scalar. If it is not finite, the gradients are as they were.
+    """
+    with_gradient = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+    if math.isfinite(max_norm) and torch.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm
+
+
+def broken_group(optimizer_groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Returns the optimizer group nearest to the head with a gradient that is not finite; None if all are finite."""
+    for group in reversed(optimizer_groups):
+        if any(p.grad is not None and not torch.isfinite(p.grad).all() for p in group["params"]):
+            return group
+    return None
+
+
+def explain_non_finite(
+    *,
+    what: str,
+    stage: str,
+    step: int,
+    optimizer_groups: Sequence[Mapping[str, Any]],
+    inputs: Mapping[str, Any],
+) -> str:
+    """Says where a step broke: the layer group with its learning rate, and what is known of the batch.
+
+    Args:
+        what: What is not finite, such as "the loss became nan".
+        stage: Name of the stage.
+        step: Number of the step in the run, from 1 on.
+        optimizer_groups: Groups of the optimizer, from the input to the head.
+        inputs: The batch.
+    """
+    group = broken_group(optimizer_groups)
+    rates = {g["layer_group"]: float(g["lr"]) for g in optimizer_groups}
+    where = (
+        f"the gradient breaks in layer group {group['layer_group']!r} (learning rate {float(group['lr']):.3g})"
+        if group
+        else f"at learning rates up to {max(rates.values()):.3g}"
+    )
+    pixels = inputs.get("pixel_values")
+    if isinstance(pixels, torch.Tensor) and not bool(torch.isfinite(pixels).all()):
+        rows = (~torch.isfinite(pixels).flatten(1).all(1)).nonzero().flatten().tolist()
+        cause = f"the batch holds images with values that are not finite (rows {rows[:5]}): mend these images"
+    else:
+        labels = inputs.get("labels")
+        shown = f", labels {labels.tolist()[:8]}" if isinstance(labels, torch.Tensor) and labels.ndim == 1 else ""
+        cause = (
+            f"the batch itself is finite ({len(pixels) if pixels is not None else '?'} images{shown}): write a lower "
+            "learning_rate for this stage (a tenth, say), on_nan: retry, or turn mixed precision off"
+        )
+    return f"{what} in stage {stage!r} at step {step}; {where}; {cause}"

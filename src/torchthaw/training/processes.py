@@ -1,0 +1,177 @@
+"""What the processes of a distributed run tell each other; with one process, all of it works without a process group.
+
+Every function but `is_distributed` and `is_main` must be called by all processes, in the same order.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import nn
+
+from torchthaw import errors
+from torchthaw.errors import ThawError, TrainingError
+from torchthaw.stages.proof import digest
+
+T = TypeVar("T")
+
+_NAMED = 5
+
+
+def join() -> None:
+    """Meets the other processes, if `torchrun` or `accelerate launch` started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState()
+
+
+def is_distributed() -> bool:
+    """Whether there are several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_main() -> bool:
+    """Whether this process is the first one, which writes files and decides."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
+def wait() -> None:
+    """Waits until all processes are here."""
+    if is_distributed():
+        dist.barrier()
+
+
+def share(value: T) -> T:
+    """Returns the first process's value in every process; it can be pickled, and what the others pass is ignored."""
+    return on_main(lambda: value)
+
+
+def gather(value: T) -> list[T]:
+    """Returns the values of all processes, by rank, in every process."""
+    if not is_distributed():
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process; cheap enough for every step."""
+    if not is_distributed():
+        return flag
+    highest = torch.tensor([flag], dtype=torch.uint8, device=_device())
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return bool(highest.item())
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Gives every process the first one's buffers, in place: running statistics of BatchNorm, for example."""
+    buffers = [buffer for buffer in module.buffers() if buffer.numel() > 0]
+    if not is_distributed() or not buffers:
+        return
+    # As bytes, since no backend takes all types, and together, since every broadcast costs a round trip.
+    parts = [buffer.detach().contiguous().view(-1).view(torch.uint8).to(_device()) for buffer in buffers]
+    joined = torch.cat(parts)
+    dist.broadcast(joined, src=0)
+    with torch.no_grad():
+        for buffer, part in zip(buffers, joined.split([len(part) for part in parts]), strict=True):
+            # Cloned, since a part may start at an address that the type cannot be read from.
+            buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
+
+
+def check_equal_on_all(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Checks that all processes have the same tensors, bit for bit.
+
+    Args:
+        tensors: The tensors by name.
+        where: The place in the run, for the message: "at the end of stage 'head'".
+
+    Raises:
+        TrainingError: some differ; raised in every process, with up to five names and the ranks that differ from the
+            first process.
+    """
+    if not is_distributed():
+        return
+    everywhere = gather({name: digest(tensor) for name, tensor in tensors.items()})
+    first = everywhere[0]
+    names = dict.fromkeys(name for digests in everywhere for name in digests)
+    different = {}
+    for name in names:
+        ranks = [rank for rank, digests in enumerate(everywhere) if digests.get(name) != first.get(name)]
+        if ranks:
+            different[name] = ranks
+    if different:
+        shown = ", ".join(
+            f"{name} (rank {', '.join(map(str, ranks))})" for name, ranks in list(different.items())[:_NAMED]
+        )
+        raise TrainingError(
+            f"{where}, {len(different)} of {len(names)} tensors are not the same in all {len(everywhere)} processes: "
+            f"{shown}{' ...' if len(different) > _NAMED else ''}. Something changed the model in some processes only: "
+            "look for callbacks or hooks that write weights, or for a model built from another seed in each process."
+        )
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Runs a function in the first process, and returns its result in every process.
+
+    The function must not wait for other processes itself.
+
+    Args:
+        function: Takes nothing; its result can be pickled.
+
+    Raises:
+        ThawError: the function raised one; every process raises one of this kind with the same message.
+        RuntimeError: it raised anything else, or its result cannot be pickled; the first process raises the error
+            itself, the others this one with its kind and message.
+    """
+    if not is_distributed():
+        return function()
+    if not is_main():
+        return _take(_broadcast(None))
+    try:
+        value = function()
+        # Here, so that a result that cannot be pickled does not leave the other processes waiting.
+        outcome = _Outcome(result=pickle.dumps(value))
+    except Exception as error:
+        _broadcast(_failure(error))
+        raise
+    _broadcast(outcome)
+    return value
+
+
+class _Outcome(NamedTuple):
+    """What the first process's function came to: a result, or an error of torchthaw or of another kind."""
+
+    result: bytes | None = None
+    thaw_error: str | None = None
+    message: str = ""
+
+
+def _broadcast(outcome: _Outcome | None) -> _Outcome:
+    box = [outcome]
+    dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    return box[0]
+
+
+def _failure(error: Exception) -> _Outcome:
+    if isinstance(error, ThawError):
+        # By name, as an error's own class may take other arguments than a message.
+        name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+        return _Outcome(thaw_error=name, message=str(error))
+    return _Outcome(message=f"the first process failed with {type(error).__name__}: {error}")
+
+
+def _take(outcome: _Outcome) -> Any:
+    if outcome.result is not None:
+        return pickle.loads(outcome.result)
+    raise (RuntimeError if outcome.thaw_error is None else getattr(errors, outcome.thaw_error))(outcome.message)
+
+
+def _device() -> torch.device:
+    """Where tensors must be to be sent: the CPU if a backend of the process group takes them from there."""
+    kinds = [part.split(":")[0] for part in dist.get_backend_config().split(",")]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])

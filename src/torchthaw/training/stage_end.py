@@ -1,0 +1,113 @@
+"""What becomes of a stage: the gate's decision, the weights that the run goes on from, the record."""
+
+import math
+from typing import cast
+
+from torch import nn
+from transformers import TrainerState
+
+from torchthaw.backbones.modeling import TorchvisionForImageClassification
+from torchthaw.stages.freezing import Frozen
+from torchthaw.stages.plan import Stage
+from torchthaw.stages.proof import relative_changes
+from torchthaw.stages.snapshots import put_back
+from torchthaw.training.arguments import ThawTrainingArguments
+from torchthaw.training.gate import Comparison, Decision, compare, decide
+from torchthaw.training.processes import on_main
+from torchthaw.training.progress import Outcome, Progress
+from torchthaw.training.records import StageRecord
+
+
+def decide_stage(
+    progress: Progress, args: ThawTrainingArguments, *, metric: str, failure: str | None = None
+) -> Decision:
+    """Compares the weights that a stage proposes with those before it, on the same validation images.
+
+    Args:
+        progress: The run, with what was validated before and in the stage.
+        args: Gate, least gain, and the direction of the metric.
+        metric: The selection metric, without the name of the validation set.
+        failure: Why the stage broke down, if it did.
+    """
+    candidate = progress.candidate
+    if candidate is None:
+        if failure is not None:
+            return Decision(False, "it broke down before anything was validated; rolled back", None)
+        return Decision(True, "kept without validation", None)
+    comparison: Comparison | None = None
+    if progress.kept is not None:
+        comparison = compare(metric, progress.kept.measured, candidate.measured, seed=args.seed)
+    return decide(
+        cast(str, args.gate), comparison, min_gain=args.min_gain, greater_is_better=bool(args.greater_is_better)
+    )
+
+
+def settle_weights(progress: Progress, model: nn.Module, decision: Decision) -> None:
+    """Puts the weights into the model that the run goes on from, and notes how they were validated."""
+    candidate = progress.candidate
+    if not decision.accepted:
+        put_back(model, progress.before)
+    elif candidate is None:
+        progress.kept = None
+    else:
+        progress.kept = Outcome(candidate.step, candidate.metrics, candidate.measured)
+
+
+def conclude(
+    progress: Progress,
+    args: ThawTrainingArguments,
+    model: TorchvisionForImageClassification,
+    stage: Stage,
+    frozen: Frozen,
+    state: TrainerState,
+    *,
+    failure: str | None,
+    seconds: float,
+    num_images: int | None,
+    images_per_step: int,
+    metric: str,
+) -> StageRecord:
+    """Ends a stage: decides on the main process, settles the weights on all, and appends the record.
+
+    Args:
+        progress: The run.
+        args: The run's arguments.
+        model: Holds the stage's last weights; afterwards those that the run goes on from.
+        stage: The stage.
+        frozen: What it kept frozen.
+        state: The Trainer's state at the stage's end.
+        failure: Why the stage broke down, if it did.
+        seconds: Wall time of the stage.
+        num_images: Number of training images; None for streams.
+        images_per_step: Images of one optimizer step, over all processes.
+        metric: The selection metric, without the name of the validation set.
+    """
+    decision = on_main(lambda: decide_stage(progress, args, metric=metric, failure=failure))
+    candidate = progress.candidate
+    if candidate is not None and candidate.weights is not None:
+        put_back(model, candidate.weights)
+    groups = model.layer_groups()
+    changes = relative_changes(progress.before, model, groups)
+    settle_weights(progress, model, decision)
+    steps = state.global_step - progress.stage_start_step
+    epochs = float(state.epoch or 0) - progress.stage_start_epoch
+    images = steps * images_per_step if num_images is None else round(epochs * num_images)
+    record = StageRecord(
+        name=stage.name,
+        epochs=math.ceil(epochs),
+        steps=steps,
+        seconds=round(seconds, 3),
+        train_images_per_second=round(images / seconds, 2),
+        trainable_parameters=frozen.trainable_parameters,
+        best_metric=None if candidate is None else candidate.measured.value,
+        learning_rates=stage.learning_rates(list(groups)),
+        batch_norm=frozen.batch_norm,
+        accepted=decision.accepted,
+        reason=decision.reason,
+        comparison=None if decision.comparison is None else decision.comparison.to_dict(),
+        changes={name: round(change, 6) for name, change in changes.items()},
+        frozen_unchanged=True,
+        ended_early="; then ".join([*progress.failures, *filter(None, [failure or progress.stage_over])]) or None,
+    )
+    progress.records.append(record)
+    return record

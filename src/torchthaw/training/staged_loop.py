@@ -1,0 +1,274 @@
+"""The Trainer's loop, run once per stage of a plan, as one run that can be killed anywhere and gone on with.
+
+A stage is one pass of `Trainer._inner_training_loop` over a range of epochs, with the model frozen for it, a fresh
+optimizer, a fresh schedule and a fresh wrap for distributed training. At its end the gate decides whether its weights
+are kept. The private methods that are overridden were read in transformers 5.23 and are tested with 5.10.1 too.
+"""
+
+import dataclasses
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from torchthaw.errors import TrainingError
+from torchthaw.stages.freezing import Frozen, freeze_for_stage
+from torchthaw.stages.proof import check_unchanged, frozen_fingerprints
+from torchthaw.stages.snapshots import all_tensors, live_names, put_back, take_snapshot
+from torchthaw.training import processes
+from torchthaw.training.callbacks import StagedCallbackHandler, StageEndCallback
+from torchthaw.training.checkpoints import prune, seal
+from torchthaw.training.completion import stage_arguments
+from torchthaw.training.datasets import length_of, stage_view
+from torchthaw.training.gradients import NonFiniteError
+from torchthaw.training.identity import identity_of
+from torchthaw.training.progress import Progress
+from torchthaw.training.records import StageRecord
+from torchthaw.training.resume import check_same_run, find_checkpoint, new_run_id, this_runs_checkpoints, write_journal
+from torchthaw.training.stage_end import conclude
+from torchthaw.training.stage_pass import StagePassTrainer
+
+RETRY_FACTOR = 0.1
+
+
+class StagedTrainer(StagePassTrainer):
+    """Runs the stages of a plan as one run of `Trainer`; `ThawTrainer` adds what users pass and read."""
+
+    callback_handler: StagedCallbackHandler
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._train_data = self.train_dataset
+        self.callback_handler.__class__ = StagedCallbackHandler
+        self.add_callback(StageEndCallback(self._last_step_of_stage, self._on_epoch_end))
+
+    # One run made of stages
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Runs all stages; with `resume_from_checkpoint`, goes on exactly where an interrupted run was.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the last whole one in `output_dir`.
+            trial: Trial of a hyperparameter search.
+            ignore_keys_for_eval: As in `Trainer`.
+
+        Raises:
+            PlanError: there is no whole checkpoint, or it belongs to another run; the differences are shown.
+            TrainingError: the first stage broke down, something frozen moved, or parameters got no gradient.
+        """
+        if resume_from_checkpoint:
+            wanted = resume_from_checkpoint
+            resume_from_checkpoint = processes.on_main(lambda: str(self._checkpoint_to_resume(wanted)))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
+        checkpoint = find_checkpoint(wanted, Path(str(self.args.output_dir)))
+        check_same_run(self._describe_run(self._plan_lengths()[0]), checkpoint)
+        return checkpoint
+
+    def _describe_run(self, planned_steps: list[int]) -> dict[str, Any]:
+        data = {"train": self._train_data, "validation": self.eval_dataset}
+        return identity_of(self.args, self.model, self.plan, planned_steps, data)
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        started = time.time()
+        checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        options = {"batch_size": batch_size, "args": args, "trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval}
+        try:
+            self._start_run(checkpoint, trial)
+            while True:
+                is_border = self._is_border()
+                record = self._run_stage(checkpoint, options)
+                # A stage that was over when the checkpoint was made hands it on: for its random state.
+                checkpoint = checkpoint if is_border else None
+                if record is not None and not self._move_on(record):
+                    return self._finish_run(trial, started)
+        finally:
+            self.stage = None
+            self.train_dataset = self._train_data
+            self._take_batch_size()
+
+    def _start_run(self, checkpoint: Path | None, trial: Any) -> None:
+        self.callback_handler.has_begun = False
+        self._run_folder = Path(str(self._get_output_dir(trial)))
+        self._planned_steps, self._planned_epochs = self._plan_lengths()
+        self._identity = self._describe_run(self._planned_steps)
+        self._state_is_ready = checkpoint is not None
+        if checkpoint is None:
+            self._progress = Progress(run_id=processes.share(new_run_id()))
+        else:
+            self._progress = Progress.load(checkpoint)
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._load_callback_state()
+            self.state.init_training_references(self, self._max_steps(), self._max_epochs(), trial)
+        self._write_journal(finished=False)
+
+    def _is_border(self) -> bool:
+        """Whether nothing but the gate's decision is left of the stage."""
+        return self._progress.epoch_over and self._stage_is_over()
+
+    def _run_stage(self, checkpoint: Path | None, options: dict[str, Any]) -> StageRecord | None:
+        """Runs a stage, or what is left of it; returns None if it is to run again at lower rates."""
+        progress = self._progress
+        stage = self.plan.stages[progress.stage_index]
+        self.stage = stage.at_lower_rate(RETRY_FACTOR) if progress.lower_rates else stage
+        self._resumed = checkpoint is not None and self.state.global_step > progress.stage_start_step
+        failure = None
+        with stage_arguments(self.args, self.stage):
+            self._enter_stage()
+            if not self._is_border():
+                try:
+                    super()._inner_training_loop(
+                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **options
+                    )
+                except NonFiniteError as error:
+                    failure = str(error)
+            else:
+                progress.loss_sum += progress.unlogged_loss
+            return self._leave_stage(failure)
+
+    def _enter_stage(self) -> None:
+        assert self.stage is not None
+        progress = self._progress
+        self._stage_started = time.monotonic()
+        self._take_batch_size()
+        self.train_dataset = stage_view(self._train_data, progress.stage_index, self.stage)
+        # Mixed precision wraps `forward` in place at every stage.
+        self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self._frozen: Frozen = freeze_for_stage(self.model, self.stage, self.batch_norm_policy(self.stage))
+        self.optimizer = self.lr_scheduler = None
+        # A wrap made for other trainable parameters would not reduce the gradients of the new ones.
+        self.model_wrapped = self.model
+        self.model.train()
+        self._live_names = live_names(self.model)
+        if not self._resumed and not progress.lower_rates:
+            progress.before = take_snapshot(self.model, self._live_names)
+            progress.fingerprints = frozen_fingerprints(self.model)
+        self._gradients_checked = False
+        self.control.should_training_stop = self.control.should_epoch_stop = False
+        self.callback_handler.stage = self.stage
+        self._name_stage()
+
+    def _leave_stage(self, failure: str | None) -> StageRecord | None:
+        """Proves, decides and records; the model then holds the weights that the run goes on from."""
+        assert self.stage is not None
+        progress, stage = self._progress, self.stage
+        processes.share_buffers(self.model)
+        check_unchanged(progress.fingerprints, self.model, stage.name)
+        processes.check_equal_on_all(all_tensors(self.model), f"at the end of stage {stage.name!r}")
+        if failure is not None and stage.on_nan == "retry" and not progress.lower_rates:
+            self._go_back_for_retry(failure)
+            return None
+        seconds = progress.stage_seconds + time.monotonic() - self._stage_started
+        record = conclude(
+            progress, self.args, self.model, stage, self._frozen, self.state,
+            failure=failure, seconds=seconds, num_images=length_of(self._train_data),
+            images_per_step=self.get_total_train_batch_size(self.args), metric=self._metric_name(),
+        )  # fmt: skip
+        self._name_best()
+        self._write_journal(finished=False)
+        self.callback_handler.stage_event(
+            "on_stage_end", self.args, self.state, self.control, stage=stage, record=record
+        )
+        if failure is not None and not any(done.accepted for done in progress.records):
+            raise TrainingError(
+                f"{failure}. No stage before it was kept, so the run ends with the weights it began with"
+            )
+        return record
+
+    def _go_back_for_retry(self, failure: str) -> None:
+        progress = self._progress
+        put_back(self.model, progress.before)
+        failures = [*progress.failures, failure]
+        candidate, without_gain = progress.candidate, progress.validations_without_gain
+        if candidate is not None:
+            put_back(self.model, cast(dict[str, torch.Tensor], candidate.weights))
+        progress.start_stage(progress.stage_index, step=self.state.global_step, epoch=math.ceil(self.state.epoch))
+        progress.lower_rates, progress.failures = True, failures
+        progress.candidate, progress.validations_without_gain = candidate, without_gain
+
+    def _move_on(self, record: StageRecord) -> bool:
+        """Makes the next stage the current one; returns False if the run is over."""
+        progress = self._progress
+        rejected = not record.accepted and self.args.on_reject == "stop"
+        if progress.run_over or rejected or progress.stage_index + 1 == len(self.plan.stages):
+            return False
+        progress.start_stage(progress.stage_index + 1, step=self.state.global_step, epoch=math.ceil(self.state.epoch))
+        return True
+
+    def _finish_run(self, trial: Any, started: float) -> TrainOutput:
+        if not self.callback_handler.has_begun:
+            # Nothing was left to train when the run was resumed.
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        images = round(sum(r.train_images_per_second * r.seconds for r in self.stage_records))
+        output = self._finalize_run(trial, images, started)
+        if trial is not None and self._progress.kept is not None:
+            # What the search compares is the model that the run ends with, not its last epoch.
+            self.objective: Any = self.compute_objective(self._progress.kept.metrics)
+        self._write_journal(finished=True)
+        return output
+
+    def _write_journal(self, *, finished: bool) -> None:
+        if self.args.should_save and self.args.save_strategy != "no":
+            stages = [record.to_dict() for record in self.stage_records]
+            write_journal(
+                self._run_folder,
+                run_id=self._progress.run_id,
+                identity=self._identity,
+                stages=stages,
+                finished=finished,
+            )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = self._run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # half-written, or of an earlier run in the same place
+        processes.wait()
+        self._note_stop()
+        # The older ones must stay until this one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        progress = dataclasses.replace(
+            self._progress,
+            loss_sum=self._progress.loss_sum + self._total_loss_scalar,
+            unlogged_loss=_mean(processes.gather(self._tr_loss.item())),
+            last_logged_step=self._globalstep_last_logged,
+            last_grad_norm=self._last_norm.item(),
+            stage_seconds=self._progress.stage_seconds + time.monotonic() - self._stage_started,
+        )
+        processes.wait()
+        if self.args.should_save:
+            progress.save(folder, self._identity)
+            seal(folder, run_id=progress.run_id)
+            best = self.state.best_model_checkpoint
+            mine = this_runs_checkpoints(self._run_folder, progress.run_id)
+            prune(mine, limit=limit, keep=[Path(best)] if best else [])
+        processes.wait()
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,108 @@
+"""Validation within a staged run: the weights that a stage proposes, and those that the run stands at."""
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from torchthaw.evaluation.arrays import log_softmax
+from torchthaw.stages.snapshots import take_snapshot
+from torchthaw.training import processes
+from torchthaw.training.arguments import ThawTrainingArguments
+from torchthaw.training.gate import Measured
+from torchthaw.training.guarded_steps import GuardedTrainer
+from torchthaw.training.progress import Outcome, Progress
+
+
+class ValidatingTrainer(GuardedTrainer):
+    """Keeps the best validated weights of each stage, with what they were validated by."""
+
+    args: ThawTrainingArguments
+    _run_folder: Path
+    _live_names: Collection[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._progress = Progress(run_id="")
+        self._validated: dict[str, tuple[Any, Any]] = {}
+        super().__init__(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **{**kwargs, "metric_key_prefix": metric_key_prefix})
+        self._validated[metric_key_prefix] = (output.predictions, output.label_ids)
+        key = f"{metric_key_prefix}_loss"
+        metrics = output.metrics or {}
+        if key in metrics and self.label_smoother is None and self.compute_loss_func is None:
+            # Trainer's mean counts the images double that fill up the last batch of several processes.
+            exact = _mean_log_loss(output.predictions, output.label_ids)
+            metrics[key] = metrics[key] if exact is None else exact
+        return output
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        at_start = skip_scheduler
+        if at_start and (self.state.global_step > 0 or self._progress.kept is not None):
+            return {}
+        # Without SyncBatchNorm every process has statistics of its own; the first one's are what is saved.
+        processes.share_buffers(self.model)
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        if at_start:
+            self._progress.kept = self._outcome(metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best_of_run = super()._determine_best_metric(metrics, trial)
+        progress = self._progress
+        new, best = self._outcome(metrics), progress.candidate
+        gained = best is None or math.isnan(best.measured.value) or self._is_better(new, best)
+        progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
+        if gained or not self.args.load_best_model_at_end:
+            new.weights = take_snapshot(self.model, self._live_names)
+            progress.candidate = new
+        patience = self.stage.patience if self.stage else None
+        if patience is not None and progress.validations_without_gain >= patience:
+            progress.stage_over = f"{patience} validations in a row without a better {self._metric_name()}"
+            self.control.should_epoch_stop = True
+        return is_best_of_run or gained
+
+    def _is_better(self, new: Outcome, old: Outcome) -> bool:
+        if self.args.greater_is_better:
+            return new.measured.value > old.measured.value
+        return new.measured.value < old.measured.value
+
+    def _outcome(self, metrics: dict[str, float]) -> Outcome:
+        key = self._metric_key()
+        logits, labels = self._validated.get(key.removesuffix(f"_{self._metric_name()}"), (None, None))
+        return Outcome(self.state.global_step, metrics, Measured(float(metrics.get(key, math.nan)), logits, labels))
+
+    def _metric_key(self) -> str:
+        name = self.args.metric_for_best_model or "loss"
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    def _metric_name(self) -> str:
+        """Returns the selection metric without the name of the validation set."""
+        key = self._metric_key()
+        prefixes = [prefix for prefix in self._validated if key.startswith(f"{prefix}_")]
+        return key.removeprefix(f"{max(prefixes, key=len, default='eval')}_")
+
+    def _name_best(self) -> None:
+        """Lets the state name the weights that the run stands at, which may not be those of the best epoch."""
+        kept = self._progress.kept
+        self.state.best_metric = kept.measured.value if kept else None
+        self.state.best_global_step = kept.step if kept else None
+        folder = self._run_folder / f"{PREFIX_CHECKPOINT_DIR}-{kept.step if kept else 0}"
+        self.state.best_model_checkpoint = str(folder) if folder.is_dir() else None
+
+    def _load_best_model(self) -> None:
+        """Does nothing: after the last stage the model holds the weights that the gate has kept."""
+
+
+def _mean_log_loss(logits: Any, labels: Any) -> float | None:
+    """Returns the mean cross entropy over images in nats; None for what is not one class per image."""
+    if not (isinstance(logits, np.ndarray) and isinstance(labels, np.ndarray)):
+        return None
+    if logits.ndim != 2 or labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(logits):
+        return None
+    losses = -log_softmax(logits.astype(np.float64))[np.arange(len(labels)), labels]
+    return float(losses.mean())
