@@ -152,6 +152,16 @@ def test_columns_that_no_stage_needs_are_left_out(run, make_image_folder):
     assert "no clipping" in stderr
 
 
+def test_rates_and_decay_of_the_recipe_count(run, make_image_folder):
+    options = ["--set", "learning_rate=1e-2", "--set", "weight_decay=0.2", "--set", "epochs=3"]
+    code, stdout, stderr = run("two_phase", "--data", make_image_folder(per_class=12), *SMALL, *options, "--json")
+    assert code == 0, stderr
+    head, everything = (stage["groups"] for stage in json.loads(stdout)["stages"])
+    assert head[-1]["learning_rate"] == 1e-2
+    assert [group["learning_rate"] for group in everything] == pytest.approx([3e-3 * 0.3**d for d in (4, 3, 2, 1, 0)])
+    assert {group["weight_decay"] for group in everything} == {0.2}
+
+
 @pytest.mark.parametrize(
     ("gate", "line"),
     [

@@ -69,13 +69,20 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any key of the recipe, as key.sub=value; repeatable.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder where it was interrupted.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the plan; train and write nothing.")
     ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a model by a recipe, evaluate it and save it."""
+    """Train a model by a recipe, evaluate it and save it.
+
+    On several devices: `torchrun --nproc_per_node 2 -m torchthaw train ...`, or `accelerate launch`. After a crash:
+    the same command with `--resume`, or `torchthaw train run1/recipe.yaml --resume`.
+    """
     from torchthaw.recipe import load_recipe, parse_override
 
     overrides = dict(parse_override(text) for text in set_ or [])
@@ -98,9 +105,10 @@ def train(
         return
 
     from torchthaw.run import run_recipe
+    from torchthaw.training.processes import is_main
 
-    results = run_recipe(checked, Reporter(quiet=quiet))
-    if as_json:
+    results = run_recipe(checked, Reporter(quiet=quiet), resume=resume)
+    if as_json and is_main():
         _print_json(results)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.console import Reporter
 from torchthaw.errors import WeightsError
-from torchthaw.preparation import as_user_error, check_model, prepare_data, selection_metric
+from torchthaw.preparation import as_user_error, check_model, prepare_data, selection_metric, training_arguments
 from torchthaw.recipe import Recipe
 from torchthaw.stages.freezing import batch_norms, freeze_for_stage, resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
-from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.completion import check_data, complete_arguments, full_plan
 
 FROZEN = "frozen"
@@ -52,9 +52,11 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     """
     check_model(recipe)
     data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
+    metric = selection_metric(recipe, data)
     settings = RunSettings(recipe.optimizer, recipe.batch_size, _image_size(recipe), recipe.max_grad_norm)
     with as_user_error():
-        arguments = _arguments(recipe)
+        # The folder is only a name here: arguments write nothing.
+        arguments = training_arguments(recipe, metric=metric, folder=Path("stages"))
         check_data(arguments, data.splits["train"])
         model = _empty_model(recipe, data.class_names, settings.image_size)
         complete_arguments(arguments, model)
@@ -66,7 +68,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         "weights": recipe.weights,
         "plan": plan.name,
         **asdict(settings),
-        "metric": selection_metric(recipe, data),
+        "metric": metric,
         "gate": {"gate": recipe.gate, "min_gain": recipe.min_gain, "on_reject": recipe.on_reject},
         "num_images": sizes,
         "total_steps": sum(stage["steps"] for stage in stages),
@@ -150,23 +152,6 @@ def _group_rows(
 
 def _scalars(parameters: Any) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _arguments(recipe: Recipe) -> ThawTrainingArguments:
-    # The folder is only a name here: arguments write nothing.
-    return ThawTrainingArguments(
-        output_dir=recipe.output or "stages",
-        plan=recipe.stage_plan(),
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        augmentation=recipe.augmentation,
-        per_device_train_batch_size=recipe.batch_size,
-        gate=recipe.gate,
-        min_gain=recipe.min_gain,
-        on_reject=recipe.on_reject,
-        optim=recipe.optimizer,
-        report_to="none",
-    )
 
 
 def _empty_model(recipe: Recipe, class_names: list[str], image_size: int) -> TorchvisionForImageClassification:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torchthaw.data.splitting import split_dataset
 from torchthaw.errors import DataError, ThawError
 from torchthaw.recipe import DataRecipe, Recipe
 from torchthaw.stages.presets import fill_defaults
+from torchthaw.training.arguments import ThawTrainingArguments
+from torchthaw.training.completion import SGD_MOMENTUM
 
 IMBALANCE_FOR_MACRO_F1 = 2.0
 
@@ -116,6 +119,40 @@ def build_model(
             recipe.backbone, weights=recipe.weights, image_size=recipe.image_size
         )
     return model, processor
+
+
+def training_arguments(recipe: Recipe, *, metric: str, folder: Path) -> ThawTrainingArguments:
+    """Returns the trainer's arguments for a recipe.
+
+    Args:
+        recipe: The recipe.
+        metric: What chooses the best weights.
+        folder: Where checkpoints and journal go.
+
+    Raises:
+        ThawError: values do not fit together.
+    """
+    with as_user_error():
+        return ThawTrainingArguments(
+            output_dir=str(folder),
+            plan=recipe.stage_plan(),
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            augmentation=recipe.augmentation,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=recipe.batch_size,
+            metric_for_best_model=metric,
+            gate=recipe.gate,
+            min_gain=recipe.min_gain,
+            on_reject=recipe.on_reject,
+            optim=recipe.optimizer,
+            optim_args=f"momentum={SGD_MOMENTUM}" if recipe.optimizer == "sgd" else None,
+            max_grad_norm=recipe.max_grad_norm,
+            label_smoothing_factor=recipe.label_smoothing,
+            dataloader_num_workers=recipe.num_workers,
+            seed=recipe.seed,
+            disable_tqdm=True,
+        )
 
 
 @contextmanager

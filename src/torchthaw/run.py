@@ -27,13 +27,17 @@ from torchthaw.evaluation.inference import predict_logits
 from torchthaw.evaluation.metrics import classification_metrics
 from torchthaw.evaluation.plots import plot_confusion_matrix, plot_curves, plot_learning_rates, plot_reliability
 from torchthaw.evaluation.predictions import write_predictions
-from torchthaw.preparation import PreparedData, as_user_error, build_model, check_model, prepare_data, selection_metric
+from torchthaw.preparation import (
+    PreparedData,
+    build_model,
+    check_model,
+    prepare_data,
+    selection_metric,
+    training_arguments,
+)
 from torchthaw.recipe import Recipe
-from torchthaw.stages.plan import StagePlan
 from torchthaw.training import processes
-from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.callbacks import ProgressCallback
-from torchthaw.training.completion import SGD_MOMENTUM
 from torchthaw.training.resume import differences, has_checkpoint
 from torchthaw.training.trainer import ThawTrainer
 
@@ -154,31 +158,7 @@ def _make_trainer(
     metric: str,
     output: Path,
 ) -> ThawTrainer:
-    plan = recipe.stage_plan()
-    if recipe.weights is None:
-        # Random weights come with random statistics, which must not be kept.
-        plan = _train_batch_norm(plan)
-    with as_user_error():
-        arguments = ThawTrainingArguments(
-            output_dir=str(output / "stages"),
-            plan=plan.to_dict(),
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            augmentation=recipe.augmentation,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=recipe.batch_size,
-            metric_for_best_model=metric,
-            gate=recipe.gate,
-            min_gain=recipe.min_gain,
-            on_reject=recipe.on_reject,
-            optim=recipe.optimizer,
-            optim_args=f"momentum={SGD_MOMENTUM}" if recipe.optimizer == "sgd" else None,
-            max_grad_norm=recipe.max_grad_norm,
-            label_smoothing_factor=recipe.label_smoothing,
-            dataloader_num_workers=recipe.num_workers,
-            seed=recipe.seed,
-            disable_tqdm=True,
-        )
+    arguments = training_arguments(recipe, metric=metric, folder=output / "stages")
     trainer = ThawTrainer(
         model=model,
         args=arguments,
@@ -197,13 +177,6 @@ def _train(trainer: ThawTrainer, reporter: Reporter, *, resume: bool) -> None:
     with reporter.progress("training", 1) as bar:
         trainer.add_callback(ProgressCallback(bar.update, reporter.say))
         trainer.train(resume_from_checkpoint=goes_on or None)
-
-
-def _train_batch_norm(plan: StagePlan) -> StagePlan:
-    data = plan.to_dict()
-    for stage in data["stages"]:
-        stage["batch_norm"] = "train" if stage["batch_norm"] == "auto" else stage["batch_norm"]
-    return StagePlan.from_dict(data)
 
 
 def _evaluate_splits(

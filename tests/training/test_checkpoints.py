@@ -396,6 +396,15 @@ def test_links_in_a_checkpoint_are_never_followed_when_it_is_removed(linked):
     ]
 
 
+def test_a_link_that_leads_nowhere_does_not_matter(linked):
+    output_dir, _ = linked
+    folder = output_dir / "checkpoint-3"
+    (folder / "nowhere").symlink_to(output_dir / "missing")
+    seal(folder, run_id="run")
+    assert why_incomplete(folder) is None
+    assert "nowhere" not in json.loads((folder / MANIFEST).read_text())["files"]
+
+
 def test_a_checkpoint_in_a_linked_output_folder_is_found(linked, tmp_path):
     output_dir, _ = linked
     (tmp_path / "link").symlink_to(output_dir, target_is_directory=True)

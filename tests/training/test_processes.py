@@ -1,5 +1,6 @@
 """What processes tell each other: alone, and as two real gloo processes that run this file as a program."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchthaw.errors import DataError, PlanError, TrainingError
+from torchthaw.errors import DataError, PlanError
 from torchthaw.training import processes
 
 RANKS = 2
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 
 
 class OddError(DataError):
@@ -34,13 +35,13 @@ class Buffers(nn.Module):
         torch.manual_seed(rank)
         self.norm = nn.BatchNorm2d(3)
         self.norm(torch.randn(5, 3, 2, 2))
-        self.register_buffer("half", torch.randn(3).to(torch.bfloat16))
+        self.register_buffer("brief", torch.randn(3).to(torch.bfloat16))
         self.register_buffer("flags", torch.tensor([rank == 0, True, False]))
         self.register_buffer("steps", torch.tensor(7 + rank, dtype=torch.int16), persistent=False)
         self.register_buffer("across", torch.randn(4, 3).t())
         self.register_buffer("wave", torch.randn(2, dtype=torch.complex64))
         self.register_buffer("empty", torch.zeros(0))
-        self.register_buffer("same", self.half)
+        self.register_buffer("same", self.brief)
         self.linear = nn.Linear(2, 2)
 
 
@@ -58,11 +59,12 @@ def check_state(rank):
 
 
 def check_wait(rank):
+    file = Path(sys.argv[2], "first process was here")
     if rank == 0:
         time.sleep(0.5)
-    started = time.monotonic()
+        file.touch()
     processes.wait()
-    return time.monotonic() - started
+    return file.exists()
 
 
 def check_share(rank):
@@ -142,11 +144,9 @@ def raising(error):
     return lambda rank: processes.on_main(function)
 
 
-def check_rank_0_alone_goes_on_after_an_error(rank):
-    try:
+def check_going_on_after_an_error(rank):
+    with contextlib.suppress(KeyError, RuntimeError):
         processes.on_main(lambda: {}["missing"])
-    except (KeyError, RuntimeError):
-        pass
     return processes.gather(rank)
 
 
@@ -170,7 +170,7 @@ CHECKS = {
     "KeyError": raising(KeyError("missing")),
     "OSError": raising(OSError(28, "No space left on device")),
     "error named as one of torchthaw": raising(type("DataError", (Exception,), {})("of another library")),
-    "after an error": check_rank_0_alone_goes_on_after_an_error,
+    "after an error": check_going_on_after_an_error,
 }
 
 
@@ -211,7 +211,7 @@ def reports(tmp_path_factory):
         for rank in range(RANKS)
     ]
     try:
-        outputs = [child.communicate(timeout=4 * TIMEOUT)[0] for child in children]
+        outputs = [child.communicate(timeout=3 * TIMEOUT)[0] for child in children]
     finally:
         for child in children:
             child.kill()
@@ -235,8 +235,7 @@ def test_each_process_knows_its_place(reports):
 
 
 def test_wait_waits_for_all(reports):
-    first, second = results(reports, "wait")
-    assert second > 0.3 > first
+    assert results(reports, "wait") == [True, True]
 
 
 def test_share_gives_the_first_processs_value(reports):
@@ -262,7 +261,7 @@ def test_share_buffers_gives_the_first_processs_buffers_in_place(reports):
     first, second = results(reports, "share_buffers")
     different = {name for name in first["before"] if first["before"][name] != second["before"][name]}
     assert different == {
-        "norm.running_mean", "norm.running_var", "half", "flags", "steps", "across", "wave"
+        "norm.running_mean", "norm.running_var", "brief", "flags", "steps", "across", "wave"
     }  # fmt: skip
     assert first["after"] == second["after"] == first["before"]
     for report in (first, second):

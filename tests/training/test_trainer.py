@@ -138,15 +138,6 @@ def test_the_best_weights_of_all_stages_are_loaded_at_the_end(tmp_path, splits, 
     assert trainer.evaluate()["eval_accuracy"] == best
 
 
-def test_best_weights_of_an_earlier_stage_are_no_movement_of_what_a_later_one_froze(tmp_path, splits, processor):
-    wreck = Stage("wreck", epochs=1, learning_rate=0.3, warmup=0.0)
-    plan = [Stage("good", epochs=1, learning_rate=1e-4), wreck, Stage("head", unfreeze="head", learning_rate=1e-4)]
-    trainer = new_trainer(tmp_path, splits, processor, plan=plan)
-    trainer.train()
-    assert trainer.state.best_global_step == 5
-    assert all(record.frozen_unchanged for record in trainer.stage_records)
-
-
 def test_a_frozen_tensor_that_moves_fails_the_run(tmp_path, splits, processor):
     class Meddler(TrainerCallback):
         def on_epoch_end(self, args, state, control, model=None, **kwargs):
@@ -195,8 +186,9 @@ def test_label_smoothing_works_with_mixed_labels(tmp_path, splits, processor):
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(tmp_path, splits, processor):
     plan = [Stage("explodes", epochs=2, learning_rate=1e30, warmup=0.0, batch_norm="train")]
     trainer = new_trainer(tmp_path, splits, processor, plan=plan, max_grad_norm=0.0)
-    with pytest.raises(TrainingError, match=r"loss became (nan|inf) in stage 'explodes' at step \d+, at peak learning"):
+    with pytest.raises(TrainingError, match=r"(loss became|gradient is not finite).* in stage 'explodes' at step \d+"):
         trainer.train()
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
 
 
 @pytest.mark.parametrize(
@@ -236,13 +228,6 @@ def test_a_head_rate_and_a_number_of_epochs_stretch_a_preset(tmp_path, splits, p
     assert [stage.epochs for stage in trainer.plan.stages] == [1, 1, 1]
     assert trainer.plan.stages[0].learning_rates(list(trainer.model.layer_groups())) == {"head": 5e-3}
     assert {stage.weight_decay for stage in trainer.plan.stages} == {0.2}
-
-
-def test_resuming_is_refused_rather_than_done_wrongly(tmp_path, splits, processor):
-    trainer = new_trainer(tmp_path, splits, processor)
-    trainer.train()
-    with pytest.raises(PlanError, match="resuming a staged run from a checkpoint is not possible yet"):
-        trainer.train(resume_from_checkpoint=True)
 
 
 def test_model_init_and_a_second_run_start_afresh(tmp_path, splits, processor):

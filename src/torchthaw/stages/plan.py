@@ -42,10 +42,6 @@ class StagePlan:
         lengths = [stage.epochs for stage in self.stages]
         return None if None in lengths else sum(length or 0 for length in lengths)
 
-    def start_epoch(self, index: int) -> int:
-        """First epoch of stage number `index`, counted over the whole run from 0."""
-        return sum(stage.epochs or 0 for stage in self.stages[:index])
-
     def check_groups(self, groups: Sequence[str]) -> None:
         """Resolves every stage against the layer groups of a backbone.
 

@@ -17,6 +17,8 @@ from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.datasets import length_of
 
 SGD_MOMENTUM = 0.9
+# Schedules that lower the rates when the validation metric stalls.
+_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 def check_data(args: ThawTrainingArguments, dataset: Any) -> None:
@@ -60,6 +62,11 @@ def complete_arguments(args: ThawTrainingArguments, model: TorchvisionForImageCl
     plan.check_groups(list(model.layer_groups()))
     for stage in plan.stages:
         _check_stage(stage, model)
+        if stage.schedule in _METRIC_SCHEDULES and args.eval_strategy == "no":
+            raise PlanError(
+                f"stage {stage.name!r} has the schedule {stage.schedule}, which follows the validation metric, but "
+                "eval_strategy is 'no'; write eval_strategy='epoch', or another schedule such as cosine"
+            )
 
 
 def full_plan(args: ThawTrainingArguments, model: TorchvisionForImageClassification) -> StagePlan:
@@ -86,6 +93,17 @@ def optimizer_options(stage: Stage) -> dict[str, Any]:
     """Returns what the stage asks of its optimizer; SGD comes with momentum."""
     momentum = {"momentum": SGD_MOMENTUM} if stage.optimizer == OptimizerNames.SGD else {}
     return {**momentum, **(stage.optimizer_args or {})}
+
+
+def schedule_options(args: ThawTrainingArguments, stage: Stage) -> dict[str, Any]:
+    """Returns what the stage's schedule is made with; those that follow a metric get its direction."""
+    options: dict[str, Any] = dict(stage.schedule_args or {})
+    if stage.schedule in _METRIC_SCHEDULES:
+        options.setdefault("mode", "max" if args.greater_is_better else "min")
+    if stage.schedule == "greedy":
+        # Its own floor of 1e-3 is above most rates of fine-tuning.
+        options.setdefault("min_lr", 0.0)
+    return options
 
 
 @contextmanager

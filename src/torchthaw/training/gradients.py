@@ -39,6 +39,15 @@ def broken_group(optimizer_groups: Sequence[Mapping[str, Any]]) -> Mapping[str, 
     return None
 
 
+def broken_rows(inputs: Mapping[str, Any]) -> list[int]:
+    """Returns the rows of a batch whose images hold values that are not finite."""
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, torch.Tensor):
+        return []
+    rows: list[int] = (~torch.isfinite(pixels).flatten(1).all(1)).nonzero().flatten().tolist()
+    return rows
+
+
 def explain_non_finite(
     *,
     what: str,
@@ -63,11 +72,11 @@ def explain_non_finite(
         if group
         else f"at learning rates up to {max(rates.values()):.3g}"
     )
-    pixels = inputs.get("pixel_values")
-    if isinstance(pixels, torch.Tensor) and not bool(torch.isfinite(pixels).all()):
-        rows = (~torch.isfinite(pixels).flatten(1).all(1)).nonzero().flatten().tolist()
+    rows = broken_rows(inputs)
+    if rows:
         cause = f"the batch holds images with values that are not finite (rows {rows[:5]}): mend these images"
     else:
+        pixels = inputs.get("pixel_values")
         labels = inputs.get("labels")
         shown = f", labels {labels.tolist()[:8]}" if isinstance(labels, torch.Tensor) and labels.ndim == 1 else ""
         cause = (

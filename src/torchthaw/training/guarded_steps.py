@@ -11,7 +11,7 @@ from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.stages.plan import Stage
 from torchthaw.stages.proof import check_gradients
 from torchthaw.training import processes
-from torchthaw.training.gradients import NonFiniteError, clip_gradients, explain_non_finite
+from torchthaw.training.gradients import NonFiniteError, broken_rows, clip_gradients, explain_non_finite
 
 
 class GuardedTrainer(Trainer):
@@ -21,9 +21,19 @@ class GuardedTrainer(Trainer):
     stage: Stage | None = None
     _gradients_checked = False
 
+    def _prepare_checks(self) -> None:
+        """Begins anew, at the start of a stage."""
+        self._gradients_checked = False
+        # Loss and inputs of the batches whose gradients the next optimizer step takes together.
+        self._batches: list[tuple[torch.Tensor, Any]] = []
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self._gradients_checked and self.stage is not None:
+            # Processes that reduce other gradients than each other would wait forever.
+            trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            processes.check_same_names(trainable, f"what trains in stage {self.stage.name!r}")
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._last_loss, self._last_inputs = loss, inputs
+        self._batches.append((loss, inputs))
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
@@ -42,15 +52,24 @@ class GuardedTrainer(Trainer):
         self._last_norm = norm = clip_gradients(model.parameters(), max_norm)
         # With fp16 the scaler skips steps whose gradients overflow, and lowers its scale: that is no failure.
         scaled = self.accelerator.scaler is not None
-        broken_loss = not bool(torch.isfinite(self._last_loss).all())
+        broken_loss = not bool(torch.isfinite(torch.stack([loss for loss, _ in self._batches])).all())
         if processes.any_process(broken_loss or not (scaled or bool(torch.isfinite(norm)))):
-            raise NonFiniteError(
-                explain_non_finite(
-                    what=f"the loss became {self._last_loss.item()}" if broken_loss else "a gradient is not finite",
-                    stage=self.stage.name,
-                    step=self.state.global_step + 1,
-                    optimizer_groups=self.create_optimizer().param_groups,
-                    inputs=self._last_inputs,
-                )
-            )
+            raise NonFiniteError(self._why_broken(self.stage.name))
+        self._batches = []
         return norm
+
+    def _why_broken(self, stage: str) -> str:
+        """Returns the same explanation in all processes: of the one with the broken image, or else the broken loss."""
+        losses = [loss.item() for loss, _ in self._batches]
+        first = next((number for number, loss in enumerate(losses) if not math.isfinite(loss)), len(losses) - 1)
+        loss, inputs = losses[first], self._batches[first][1]
+        text = explain_non_finite(
+            what="a gradient is not finite" if math.isfinite(loss) else f"the loss became {loss}",
+            stage=stage,
+            step=self.state.global_step + 1,
+            optimizer_groups=self.create_optimizer().param_groups,
+            inputs=inputs,
+        )
+        found = processes.gather((bool(broken_rows(inputs)), not math.isfinite(loss), text))
+        rank = max(range(len(found)), key=lambda rank: found[rank][:2])
+        return found[rank][2] + (f" (process {rank})" if len(found) > 1 else "")

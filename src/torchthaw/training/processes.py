@@ -5,7 +5,7 @@ Every function but `is_distributed` and `is_main` must be called by all processe
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -69,17 +69,50 @@ def any_process(flag: bool) -> bool:
 
 def share_buffers(module: nn.Module) -> None:
     """Gives every process the first one's buffers, in place: running statistics of BatchNorm, for example."""
-    buffers = [buffer for buffer in module.buffers() if buffer.numel() > 0]
-    if not is_distributed() or not buffers:
+    # Together, since every broadcast costs a round trip.
+    _share_tensors(module.buffers())
+
+
+def share_state(module: nn.Module) -> None:
+    """Gives every process the first one's parameters and buffers, in place."""
+    for parameter in module.parameters():
+        _share_tensors([parameter])
+    share_buffers(module)
+
+
+def _share_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    tensors = [tensor for tensor in tensors if tensor.numel() > 0]
+    if not is_distributed() or not tensors:
         return
-    # As bytes, since no backend takes all types, and together, since every broadcast costs a round trip.
-    parts = [buffer.detach().contiguous().view(-1).view(torch.uint8).to(_device()) for buffer in buffers]
+    # As bytes, since no backend takes all types.
+    parts = [tensor.detach().contiguous().view(-1).view(torch.uint8).to(_device()) for tensor in tensors]
     joined = torch.cat(parts)
     dist.broadcast(joined, src=0)
     with torch.no_grad():
-        for buffer, part in zip(buffers, joined.split([len(part) for part in parts]), strict=True):
+        for tensor, part in zip(tensors, joined.split([len(part) for part in parts]), strict=True):
             # Cloned, since a part may start at an address that the type cannot be read from.
-            buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def check_same_names(names: Collection[str], what: str) -> None:
+    """Checks that all processes have the same names.
+
+    Args:
+        names: The names, in any order.
+        what: What they are the names of, for the message: "what trains in stage 'head'".
+
+    Raises:
+        TrainingError: some processes lack some; raised in every process, with up to five names.
+    """
+    everywhere = [set(part) for part in gather(list(names))]
+    first = everywhere[0]
+    odd = sorted(first.union(*everywhere) - first.intersection(*everywhere))
+    if odd:
+        shown = ", ".join(odd[:_NAMED]) + (" ..." if len(odd) > _NAMED else "")
+        raise TrainingError(
+            f"{what} is not the same in all {len(everywhere)} processes: {shown}. Something sets requires_grad in "
+            "some processes only: look for callbacks that ask for the rank, or that depend on what differs by process."
+        )
 
 
 def check_equal_on_all(tensors: Mapping[str, torch.Tensor], where: str) -> None:

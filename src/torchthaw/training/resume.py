@@ -8,6 +8,7 @@ from typing import Any
 
 from torchthaw.errors import PlanError
 from torchthaw.evaluation.files import replacing
+from torchthaw.training import processes
 from torchthaw.training.checkpoints import checkpoints_in, last_complete, run_of, why_incomplete
 from torchthaw.training.progress import STATE_FILE, read_state
 
@@ -62,12 +63,26 @@ def check_same_run(identity: Mapping[str, Any], checkpoint: Path) -> None:
     here = json.loads(json.dumps(identity))
     different = list(differences(read_state(checkpoint)["identity"], here))
     if different:
-        shown = "\n".join(f"  - {line}" for line in different[:_SHOWN_DIFFERENCES])
-        more = f"\n  and {len(different) - _SHOWN_DIFFERENCES} more" if len(different) > _SHOWN_DIFFERENCES else ""
         raise PlanError(
-            f"{checkpoint} belongs to another run:\n{shown}{more}\n"
+            f"{checkpoint} belongs to another run:\n{_listed(different)}\n"
             "Resume with what that run had, or start anew in another folder."
         )
+
+
+def check_same_everywhere(identity: Mapping[str, Any]) -> None:
+    """Compares what the processes of a distributed run are about to do.
+
+    Raises:
+        PlanError: some were started with other settings or data than the first one; raised in every process.
+    """
+    first, *others = processes.gather(dict(identity))
+    for rank, other in enumerate(others, start=1):
+        different = list(differences(first, other))
+        if different:
+            raise PlanError(
+                f"process {rank} was given another run than process 0 (what it was there, and is here):\n"
+                f"{_listed(different)}\nGive all processes the same arguments and the same data, in the same order."
+            )
 
 
 def differences(was: Any, now: Any, key: str = "") -> Iterator[str]:
@@ -105,6 +120,11 @@ def this_runs_checkpoints(output_dir: Path, run_id: str) -> list[Path]:
 def new_run_id() -> str:
     """Returns a name for a run; it takes nothing from the seeded generators."""
     return os.urandom(8).hex()
+
+
+def _listed(lines: Sequence[str]) -> str:
+    shown = "\n".join(f"  - {line}" for line in lines[:_SHOWN_DIFFERENCES])
+    return shown + (f"\n  and {len(lines) - _SHOWN_DIFFERENCES} more" if len(lines) > _SHOWN_DIFFERENCES else "")
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,13 @@ from torchthaw.errors import DataError
 from torchthaw.stages.freezing import resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
-from torchthaw.training.completion import full_plan, optimizer_arguments, optimizer_options, stage_arguments
+from torchthaw.training.completion import (
+    full_plan,
+    optimizer_arguments,
+    optimizer_options,
+    schedule_options,
+    stage_arguments,
+)
 from torchthaw.training.datasets import length_of, set_epoch
 from torchthaw.training.records import StageRecord
 from torchthaw.training.validation import ValidatingTrainer
@@ -172,7 +178,12 @@ class StagePassTrainer(ValidatingTrainer):
         """Ends the run as `Trainer` ends its loop: totals, `on_train_end`, pushes."""
         self._initial_global_step, self._tr_loss = 0, torch.tensor(0.0)
         self._total_loss_scalar = self._progress.loss_sum
-        return super()._finalize_training(trial, num_train_samples, start_time)
+        # With a limit of 1, Trainer would remove the last checkpoint, from which a run is resumed that is killed now.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes the optimizer of the current stage over named layer groups; see `param_groups`."""
@@ -195,7 +206,7 @@ class StagePassTrainer(ValidatingTrainer):
                 optimizer=optimizer or self.create_optimizer(),
                 num_warmup_steps=stage.warmup_steps(steps),
                 num_training_steps=steps,
-                scheduler_specific_kwargs=dict(stage.schedule_args or {}),
+                scheduler_specific_kwargs=schedule_options(self.args, stage),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler

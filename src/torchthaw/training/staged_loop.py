@@ -31,7 +31,14 @@ from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.identity import identity_of
 from torchthaw.training.progress import Progress
 from torchthaw.training.records import StageRecord
-from torchthaw.training.resume import check_same_run, find_checkpoint, new_run_id, this_runs_checkpoints, write_journal
+from torchthaw.training.resume import (
+    check_same_everywhere,
+    check_same_run,
+    find_checkpoint,
+    new_run_id,
+    this_runs_checkpoints,
+    write_journal,
+)
 from torchthaw.training.stage_end import conclude
 from torchthaw.training.stage_pass import StagePassTrainer
 
@@ -112,6 +119,9 @@ class StagedTrainer(StagePassTrainer):
         self._run_folder = Path(str(self._get_output_dir(trial)))
         self._planned_steps, self._planned_epochs = self._plan_lengths()
         self._identity = self._describe_run(self._planned_steps)
+        check_same_everywhere(self._identity)
+        # A new head is drawn by each process for itself.
+        processes.share_state(self.model)
         self._state_is_ready = checkpoint is not None
         if checkpoint is None:
             self._progress = Progress(run_id=processes.share(new_run_id()))
@@ -163,7 +173,7 @@ class StagedTrainer(StagePassTrainer):
         if not self._resumed and not progress.lower_rates:
             progress.before = take_snapshot(self.model, self._live_names)
             progress.fingerprints = frozen_fingerprints(self.model)
-        self._gradients_checked = False
+        self._prepare_checks()
         self.control.should_training_stop = self.control.should_epoch_stop = False
         self.callback_handler.stage = self.stage
         self._name_stage()
@@ -173,8 +183,9 @@ class StagedTrainer(StagePassTrainer):
         assert self.stage is not None
         progress, stage = self._progress, self.stage
         processes.share_buffers(self.model)
-        check_unchanged(progress.fingerprints, self.model, stage.name)
+        # First, so that all processes go on or none does.
         processes.check_equal_on_all(all_tensors(self.model), f"at the end of stage {stage.name!r}")
+        check_unchanged(progress.fingerprints, self.model, stage.name)
         if failure is not None and stage.on_nan == "retry" and not progress.lower_rates:
             self._go_back_for_retry(failure)
             return None
