@@ -135,6 +135,7 @@ def run(splits, folder, layout, kill):
             plan=PLAN,
             augmentation=AUGMENTATION,
             per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
             metric_for_best_model="loss",
             use_cpu=True,
             report_to="none",

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import OPTIMIZER_NAME
+
 from torchthaw.errors import PlanError
 from torchthaw.evaluation.files import replacing
 from torchthaw.training import processes
@@ -29,8 +31,7 @@ def find_checkpoint(wanted: str | bool, output_dir: Path) -> Path:
     if wanted is not True:
         folder = Path(str(wanted))
         problem = why_incomplete(folder) if folder.is_dir() else "there is no such folder"
-        if problem is None and not (folder / STATE_FILE).is_file():
-            problem = f"it has no {STATE_FILE}, so it is not of a staged run"
+        problem = problem or _what_lacks(folder)
         if problem is not None:
             raise PlanError(
                 f"cannot resume from {folder}: {problem}; pass True to take the last whole checkpoint of {output_dir}"
@@ -44,6 +45,9 @@ def find_checkpoint(wanted: str | bool, output_dir: Path) -> Path:
             f"there is no whole checkpoint in {output_dir} to resume from{f' ({reasons})' if reasons else ''}; "
             "leave resume_from_checkpoint out to start anew"
         )
+    problem = _what_lacks(found)
+    if problem is not None:
+        raise PlanError(f"cannot resume from {found}: {problem}; leave resume_from_checkpoint out to start anew")
     return found
 
 
@@ -125,6 +129,15 @@ def new_run_id() -> str:
 def _listed(lines: Sequence[str]) -> str:
     shown = "\n".join(f"  - {line}" for line in lines[:_SHOWN_DIFFERENCES])
     return shown + (f"\n  and {len(lines) - _SHOWN_DIFFERENCES} more" if len(lines) > _SHOWN_DIFFERENCES else "")
+
+
+def _what_lacks(checkpoint: Path) -> str | None:
+    """Says what a whole checkpoint has not got of what a run is gone on with."""
+    if not (checkpoint / STATE_FILE).is_file():
+        return f"it has no {STATE_FILE}, so it is not of a staged run"
+    if not (checkpoint / OPTIMIZER_NAME).is_file():
+        return "it holds weights alone (save_only_model), without the state of the optimizer"
+    return None
 
 
 def _short(value: Any) -> str:

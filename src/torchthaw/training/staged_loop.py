@@ -24,7 +24,7 @@ from torchthaw.stages.proof import check_unchanged, frozen_fingerprints
 from torchthaw.stages.snapshots import all_tensors, live_names, put_back, take_snapshot
 from torchthaw.training import processes
 from torchthaw.training.callbacks import StagedCallbackHandler, StageEndCallback
-from torchthaw.training.checkpoints import prune, seal
+from torchthaw.training.checkpoints import prune, remove_incomplete, seal
 from torchthaw.training.completion import stage_arguments
 from torchthaw.training.datasets import length_of, stage_view
 from torchthaw.training.gradients import NonFiniteError
@@ -127,6 +127,8 @@ class StagedTrainer(StagePassTrainer):
             self._progress = Progress(run_id=processes.share(new_run_id()))
         else:
             self._progress = Progress.load(checkpoint)
+            if self.args.should_save:
+                remove_incomplete(self._run_folder, run_id=self._progress.run_id)
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             self._load_callback_state()
             self.state.init_training_references(self, self._max_steps(), self._max_epochs(), trial)

@@ -17,6 +17,7 @@ from torchthaw.stages.plan import StagePlan
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.completion import check_data, complete_arguments
 from torchthaw.training.datasets import as_view, length_of, stage_view
+from torchthaw.training.gate import supports_test
 from torchthaw.training.staged_loop import StagedTrainer
 
 
@@ -110,7 +111,8 @@ class ThawTrainer(StagedTrainer):
         if self.args.gate != "significant":
             return
         metric = self._metric_key()
-        if not any(metric.endswith(f"_{name}") for name in ("accuracy", "macro_f1", "balanced_accuracy", "loss")):
+        parts = metric.split("_")
+        if not any(supports_test("_".join(parts[start:])) for start in range(1, len(parts))):
             raise PlanError(
                 f"gate is 'significant', but there is no paired test for the metric {metric!r}; write gate='best', or "
                 "metric_for_best_model='accuracy', 'macro_f1', 'balanced_accuracy' or 'loss'"

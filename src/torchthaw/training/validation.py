@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.evaluation.arrays import log_softmax
 from torchthaw.stages.snapshots import take_snapshot
 from torchthaw.training import processes
@@ -52,9 +53,10 @@ class ValidatingTrainer(GuardedTrainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        new = self._outcome(metrics)
         is_best_of_run = super()._determine_best_metric(metrics, trial)
         progress = self._progress
-        new, best = self._outcome(metrics), progress.candidate
+        best = progress.candidate
         gained = best is None or math.isnan(best.measured.value) or self._is_better(new, best)
         progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
         if gained or not self.args.load_best_model_at_end:
@@ -73,8 +75,14 @@ class ValidatingTrainer(GuardedTrainer):
 
     def _outcome(self, metrics: dict[str, float]) -> Outcome:
         key = self._metric_key()
+        if key not in metrics:
+            names = [name.removeprefix("eval_") for name in metrics]
+            raise PlanError(
+                f"metric_for_best_model is {self.args.metric_for_best_model!r}, but validation gives no {key!r}."
+                f"{did_you_mean(key.removeprefix('eval_'), names)} There are {', '.join(names)}."
+            )
         logits, labels = self._validated.get(key.removesuffix(f"_{self._metric_name()}"), (None, None))
-        return Outcome(self.state.global_step, metrics, Measured(float(metrics.get(key, math.nan)), logits, labels))
+        return Outcome(self.state.global_step, metrics, Measured(float(metrics[key]), logits, labels))
 
     def _metric_key(self) -> str:
         name = self.args.metric_for_best_model or "loss"
