@@ -1,20 +1,21 @@
-"""What the processes do whose results test_two_processes.py reads: staged runs on drawn images, by scenario.
+"""What the processes do whose results test_two_processes.py reads: runs of a small network on drawn images, by scenario.
 
     torchrun --nproc_per_node 2 staged_worker.py FOLDER BATCH_SIZE SCENARIO...
 
 Each process writes FOLDER/SCENARIO-RANK.pt. One process with twice the batch size sees the same global batches.
 """
 
-import contextlib
 import os
 import signal
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -31,16 +32,13 @@ from torchthaw.training import processes
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 CLASSES = ["ant", "bee", "cat"]
-HEAD = Stage("head", "head", epochs=2, learning_rate=1e-2)
-BLOCK = Stage("block", 1, epochs=2, learning_rate=1e-3)
-ALL = Stage("all", "all", epochs=1, learning_rate=1e-4)
-PLAN = [HEAD, BLOCK, ALL]
 TRAINING_IMAGES, VALIDATION_IMAGES = 24, 15  # two global batches of 12; an odd number
-WAIT = 60  # seconds that a process waits for the other at most
+RANK = int(os.environ.get("RANK", "0"))
 
-
-def rank():
-    return int(os.environ.get("RANK", "0"))
+HEAD = Stage("head", "head", epochs=2, learning_rate=1e-2)
+WRECK = Stage("wreck", 1, epochs=2, learning_rate=3.0, optimizer="sgd")
+PLAN = [HEAD, WRECK, Stage("all", "all", epochs=1, learning_rate=1e-4)]
+STEPS_OF_STREAM = (5, 3)  # two and a half passes, one and a half
 
 
 def images(number, seed):
@@ -54,59 +52,71 @@ def images(number, seed):
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def tensors(number, seed):
-    random = torch.Generator().manual_seed(seed)
+def tensors():
+    random = torch.Generator().manual_seed(0)
     return [
         {"pixel_values": torch.randn(3, 32, 32, generator=random), "labels": torch.tensor(row % len(CLASSES))}
-        for row in range(number)
+        for row in range(TRAINING_IMAGES)
     ]
 
 
-def new_model():
-    torch.manual_seed(0)
+def new_model(seed=0):
+    torch.manual_seed(seed)
     return TorchvisionForImageClassification.from_torchvision(ARCHITECTURE, "builtin", id2label=CLASSES)
+
+
+def copied(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 class Recorder(TrainerCallback):
     """Keeps the weights after each stage, and what the model was wrapped in while it ran."""
 
     def __init__(self):
-        self.weights, self.wraps, self.trainer = [], [], None
+        self.weights, self.wraps = [], []
 
     def on_stage_begin(self, args, state, control, **kwargs):
         self.wraps.append(self.trainer.model_wrapped)
 
     def on_stage_end(self, args, state, control, *, model, **kwargs):
-        self.weights.append({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
+        self.weights.append(copied(model))
 
 
-class Watched(ThawTrainer):
-    """Notes which pixels each step of training sees."""
+class WatchedTrainer(ThawTrainer):
+    """Notes which pixels each step of training sees, and spoils an image of the second process if it is to."""
+
+    spoiled_step = None
 
     def training_step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == self.spoiled_step and RANK == 1:
+            inputs["pixel_values"][2, 0, 0, 0] = float("nan")
         where = (self.state.stage_index, int(self.state.epoch or 0), self.state.global_step)
         self.seen.append((*where, [digest(image) for image in inputs["pixel_values"]]))
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def staged(folder, batch_size, *, plan=PLAN, data=None, callbacks=(), model=None, resume=None, **options):
+def staged(folder, batch_size, *, plan=PLAN, data=None, callbacks=(), model=None, resume=None, spoiled_step=None, **options):
     """Makes a staged run; returns what there is to tell of it, whether it ended or failed."""
-    defaults = {
-        "plan": plan, "per_device_train_batch_size": batch_size, "augmentation": "light", "use_cpu": True,
-        "report_to": "none", "disable_tqdm": True, "ddp_timeout": WAIT, "gate": "best",
-    }  # fmt: skip
     recorder = Recorder()
-    trainer = Watched(
+    defaults = {"augmentation": "light", "gate": "best", "metric_for_best_model": "loss", "report_to": "none"}
+    torch.manual_seed(0)
+    trainer = WatchedTrainer(
         model=model or new_model(),
-        args=ThawTrainingArguments(output_dir=str(folder), **{**defaults, **options}),
-        train_dataset=images(TRAINING_IMAGES, 1) if data is None else data,
-        eval_dataset=images(VALIDATION_IMAGES, 2),
+        args=ThawTrainingArguments(
+            output_dir=str(folder),
+            plan=plan,
+            per_device_train_batch_size=batch_size,
+            use_cpu=True,
+            disable_tqdm=True,
+            **{**defaults, **options},
+        ),
+        train_dataset=images(TRAINING_IMAGES, seed=1) if data is None else data,
+        eval_dataset=images(VALIDATION_IMAGES, seed=2),
         processing_class=TorchvisionImageProcessor.from_torchvision(ARCHITECTURE, "builtin", image_size=32),
         callbacks=[recorder, *callbacks],
     )
-    recorder.trainer, trainer.seen = trainer, []
-    for callback in callbacks:
-        callback.trainer = trainer
+    trainer.remove_callback(transformers.PrinterCallback)
+    recorder.trainer, trainer.seen, trainer.spoiled_step = trainer, [], spoiled_step
     error = None
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -115,17 +125,64 @@ def staged(folder, batch_size, *, plan=PLAN, data=None, callbacks=(), model=None
     return {
         "error": error,
         "weights": recorder.weights,
-        "final": {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()},
+        "final": copied(trainer.model),
         "records": [record.to_dict() for record in trainer.stage_records],
         "log": trainer.state.log_history,
         "seen": trainer.seen,
         "wraps": [
-            {"kind": type(wrap).__name__, "number": recorder.wraps.index(wrap)}
-            | ({"finds unused": wrap.find_unused_parameters} if hasattr(wrap, "find_unused_parameters") else {})
+            {
+                "kind": type(wrap).__name__,
+                "same as": recorder.wraps.index(wrap),
+                "finds unused": getattr(wrap, "find_unused_parameters", None),
+            }
             for wrap in recorder.wraps
         ],
     }
 
+
+# Runs that go well
+
+IN_STEPS = {"save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": False}
+
+
+def plain(folder, batch_size):
+    # Folders of their own show what each process writes.
+    return staged(folder / f"plain-{RANK}", batch_size, report_to="tensorboard", **IN_STEPS)
+
+
+def resumed(folder, batch_size):
+    return staged(folder / "killed", batch_size, resume=True, **IN_STEPS)
+
+
+def resumed_with_other_batches(folder, batch_size):
+    return staged(folder / "killed", batch_size // 2, resume=True, **IN_STEPS)
+
+
+def batch_norm(folder, batch_size):
+    plan = [
+        Stage("block", 1, epochs=2, learning_rate=1e-3, batch_norm="train"),
+        Stage("all", "all", epochs=1, learning_rate=1e-3, batch_norm="freeze_affine"),
+    ]
+    return staged(folder / "batch norm", batch_size, plan=plan, gate="off")
+
+
+def own_heads(folder, batch_size):
+    """Each process draws another head, and the stage is rolled back to it."""
+    plan = [Stage("wreck", 1, epochs=1, learning_rate=100.0, warmup=0.0, optimizer="sgd")]
+    return staged(folder / "own heads", batch_size, plan=plan, model=new_model(seed=RANK))
+
+
+def stream(folder, batch_size, **options):
+    plan = [Stage(f"stage {steps}", "head", steps=steps, learning_rate=1e-2) for steps in STEPS_OF_STREAM]
+    data = images(TRAINING_IMAGES, seed=1).to_iterable_dataset(num_shards=3).shuffle(seed=0, buffer_size=10)
+    return staged(folder / "stream", batch_size, plan=plan, data=data, load_best_model_at_end=False, **options)
+
+
+def stream_read_by_each(folder, batch_size):
+    return stream(folder, batch_size, accelerator_config={"dispatch_batches": False})
+
+
+# Runs in which something differs between the processes, or breaks
 
 
 class Kill(TrainerCallback):
@@ -136,104 +193,121 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Meddle(TrainerCallback):
-    """Changes a weight in the second process only."""
-
+class ChangeWeight(TrainerCallback):
     def on_step_end(self, args, state, control, *, model, **kwargs):
-        if state.global_step == 3 and rank() == 1:
+        if state.global_step == 3 and RANK == 1:
             with torch.no_grad():
                 model.backbone.fc.bias[0] += 1e-6
 
 
-class Freeze(TrainerCallback):
-    """Freezes a parameter in the second process only."""
+class ChangeFrozenWeight(TrainerCallback):
+    def on_step_end(self, args, state, control, *, model, **kwargs):
+        if state.global_step == 3 and RANK == 1:
+            with torch.no_grad():
+                model.backbone.conv5[0].weight[0] += 1e-6
 
-    def on_stage_begin(self, args, state, control, *, model, **kwargs):
-        if rank() == 1:
+
+class Freeze(TrainerCallback):
+    def on_stage_begin(self, args, state, control, *, model, stage, **kwargs):
+        if stage.name == "wreck" and RANK == 1:
             model.backbone.fc.bias.requires_grad_(False)
 
+
 class Break(TrainerCallback):
-    """Fails in the first process only."""
-
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3 and rank() == 0:
-            raise RuntimeError("something broke in the first process")
-
-
-def plain(folder, batch_size):
-    return staged(folder / f"plain-{rank()}", batch_size, report_to="tensorboard")
+        if state.global_step == 3 and RANK == 0:
+            # Not an Exception, so that nothing of this file catches it.
+            raise SystemExit("something broke in the first process")
 
 
 def kill(folder, batch_size):
-    return staged(folder / "killed", batch_size, callbacks=[Kill()], save_strategy="steps", save_steps=3, load_best_model_at_end=False)
+    return staged(folder / "killed", batch_size, callbacks=[Kill()], **IN_STEPS)
 
-def meddle(folder, batch_size):
-    return staged(folder / "meddle", batch_size, callbacks=[Meddle()])
+
+def change_weight(folder, batch_size):
+    return staged(folder / "change", batch_size, callbacks=[ChangeWeight()])
+
+
+def change_frozen_weight(folder, batch_size):
+    return staged(folder / "change frozen", batch_size, callbacks=[ChangeFrozenWeight()])
+
 
 def freeze(folder, batch_size):
     return staged(folder / "freeze", batch_size, callbacks=[Freeze()])
 
-def other_plan(folder, batch_size):
-    return staged(folder / "other_plan", batch_size, plan=PLAN if rank() == 0 else [ALL])
 
-def other_rate(folder, batch_size):
-    return staged(folder / "other_rate", batch_size, plan=PLAN if rank() == 0 else [HEAD, ALL])
+def other_plan(folder, batch_size):
+    return staged(folder / "other plan", batch_size, plan=PLAN if RANK == 0 else PLAN[:2])
+
 
 def broken_image(folder, batch_size):
-    data = tensors(24, 0)
-    data[4]["pixel_values"][:] = float("nan")
-    return staged(folder / "nan", batch_size, plan=[HEAD,BLOCK], data=data)
+    return staged(folder / "nan", batch_size, spoiled_step=5, gate="off")
 
-def batch_norm(folder, batch_size):
-    return staged(folder / "bn", batch_size, plan=[Stage("a",1,epochs=2,learning_rate=1e-3,batch_norm="train"), Stage("b","all",epochs=1,learning_rate=1e-3,batch_norm="train")])
 
-def sync(folder, batch_size):
-    return staged(folder / "sync", batch_size, model=nn.SyncBatchNorm.convert_sync_batchnorm(new_model()), plan=[HEAD,Stage("a",1,epochs=2,learning_rate=1e-3,batch_norm="train")])
+def missing_checkpoint(folder, batch_size):
+    return staged(folder / "missing", batch_size, resume=True)
 
-def stock_unfreezing(folder, batch_size):
-    class Unfreeze(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, *, model, optimizer, **kwargs):
-            if state.epoch == 1:
-                model.requires_grad_(True)
-                trainer.optimizer = trainer.lr_scheduler = None
-                trainer.create_optimizer_and_scheduler(2)
-    trainer = stock_trainer(folder, batch_size, num_train_epochs=2, callbacks=[Unfreeze()])
-    trainer.train()
-    return {"final": trainer.model.state_dict(), "error": None, "wraps":[], "records":[],"weights":[]}
 
-def stock_twice(folder, batch_size):
-    trainer = stock_trainer(folder, batch_size, num_train_epochs=1)
-    trainer.train()
-    trainer.model.requires_grad_(True)
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.train()
-    return {"final": trainer.model.state_dict(), "error": None, "wraps":[], "records":[],"weights":[]}
+def synchronized_batch_norm(folder, batch_size):
+    plan = [Stage("block", 1, epochs=1, learning_rate=1e-3, batch_norm="train")]
+    return staged(folder / "sync", batch_size, plan=plan, model=nn.SyncBatchNorm.convert_sync_batchnorm(new_model()))
+
+
+def break_first(folder, batch_size):
+    return staged(folder / "break", batch_size, callbacks=[Break()])
+
+
+# `Trainer`, with the usual ways to unfreeze
+
 
 def stock_trainer(folder, batch_size, callbacks=(), **options):
     model = new_model()
     model.requires_grad_(False)
     model.backbone.fc.requires_grad_(True)
-    args = TrainingArguments(output_dir=str(folder / "stock"), per_device_train_batch_size=batch_size, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", learning_rate=1e-3, ddp_find_unused_parameters=False, **options)
-    return Trainer(model, args, train_dataset=tensors(24, 0), callbacks=list(callbacks))
+    arguments = TrainingArguments(
+        output_dir=str(folder / "stock"),
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-3,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    return Trainer(model, arguments, train_dataset=tensors(), callbacks=list(callbacks))
 
-def missing_checkpoint(folder, batch_size):
-    return staged(folder / "missing", batch_size, resume=True)
 
-def crash(folder, batch_size):
-    return staged(folder / "crash", batch_size, callbacks=[Break()])
+def stock_callback(folder, batch_size):
+    class Unfreeze(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, *, model, **kwargs):
+            if state.epoch == 1:
+                model.requires_grad_(True)
+                trainer.optimizer = trainer.lr_scheduler = None
+                trainer.create_optimizer_and_scheduler(2)
+
+    trainer = stock_trainer(folder, batch_size, [Unfreeze()], num_train_epochs=2, ddp_find_unused_parameters=True)
+    trainer.train()
+    return {"final": copied(trainer.model)}
 
 
-SCENARIOS = {function.__name__: function for function in (plain, kill, meddle, freeze, other_plan, other_rate, broken_image, batch_norm, sync, stock_unfreezing, stock_twice, missing_checkpoint, crash)}
+def stock_second_train(folder, batch_size):
+    trainer = stock_trainer(folder, batch_size, num_train_epochs=1)
+    trainer.train()
+    trainer.model.requires_grad_(True)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    return {"final": copied(trainer.model)}
 
 
 def main(folder, batch_size, names):
     transformers.utils.logging.set_verbosity_error()
-    import time
+    transformers.utils.logging.disable_progress_bar()
+    if "RANK" in os.environ:
+        # Here, as `ddp_timeout` does not count on a CPU, and nothing may wait for long.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for name in names:
-        t=time.time()
-        report = SCENARIOS[name](folder, batch_size)
-        torch.save(report, folder / f"{name}-{rank()}.pt")
-        print(name, rank(), time.time()-t, flush=True)
+        report = globals()[name](folder, batch_size)
+        torch.save(report, folder / f"{name}-{RANK}.pt")
         processes.wait()
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 # What a run imports only when it needs it is imported before the fork.
 import sklearn.metrics  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401
-import torch.distributed.tensor  # noqa: F401
+import torch._dynamo
+import torch.distributed.tensor
 import transformers
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -120,7 +120,7 @@ def new_model():
     return model
 
 
-def run(splits, folder, layout, kill):
+def run(model, splits, folder, layout, kill):
     """Runs to the end, from the last whole checkpoint if there is one, and writes what came out beside the run."""
     output, notes = Path(folder) / "run", Notes()
     callbacks = [notes]
@@ -129,7 +129,7 @@ def run(splits, folder, layout, kill):
     elif kill:
         callbacks.append(Kill(**kill))
     trainer = ThawTrainer(
-        model=new_model(),
+        model=model,
         args=ThawTrainingArguments(
             output_dir=str(output),
             plan=PLAN,
@@ -160,7 +160,7 @@ def run(splits, folder, layout, kill):
     (Path(folder) / "result.json").write_text(json.dumps(result))
 
 
-def forked(splits, request):
+def forked(model, splits, request):
     """Runs a request in a child; returns its exit code, as `subprocess` has it, and the seconds it took."""
     started = time.monotonic()
     child = os.fork()
@@ -169,7 +169,7 @@ def forked(splits, request):
         try:
             log = os.open(Path(request["folder"]) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1), os.dup2(log, 2)
-            run(splits, request["folder"], request["layout"], request.get("kill"))
+            run(model, splits, request["folder"], request["layout"], request.get("kill"))
             code = 0
         except BaseException:
             sys.excepthook(*sys.exc_info())
@@ -201,11 +201,12 @@ def serve(images):
     # A killed process loses nothing that it has handed to the system, so that flushing to the disk only costs time.
     os.fsync = lambda descriptor: None
     splits = split_dataset(load_image_dataset(images), validation=8, seed=0)
+    model = new_model()
     # Trainer collects garbage at the start of each stage, and would look through all that was imported.
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
-        code, seconds = forked(splits, json.loads(line))
+        code, seconds = forked(model, splits, json.loads(line))
         print(json.dumps({"code": code, "seconds": seconds}), file=answers)
 
 

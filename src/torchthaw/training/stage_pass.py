@@ -140,6 +140,7 @@ class StagePassTrainer(ValidatingTrainer):
         if first and self._resumed:
             self._tr_loss += progress.unlogged_loss
             self._globalstep_last_logged = progress.last_logged_step
+            self._last_norm = torch.tensor(progress.last_grad_norm)
         done = self.state.global_step - progress.epoch_start_step
         within = first and self._resumed and not progress.epoch_over
         self._random_state_at_end = None

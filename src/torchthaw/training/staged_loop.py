@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from torchthaw.errors import TrainingError
@@ -131,6 +132,12 @@ class StagedTrainer(StagePassTrainer):
                 remove_incomplete(self._run_folder, run_id=self._progress.run_id)
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             self._load_callback_state()
+            for callback in (*self.callback_handler.callbacks, self.control):
+                if isinstance(callback, ExportableState):
+                    # Trainer cannot save the state of one that the checkpoint does not know.
+                    self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            # Set when the checkpoint was made; the event that clears it, `on_save`, comes after.
+            self.control.should_save = False
             self.state.init_training_references(self, self._max_steps(), self._max_epochs(), trial)
         self._write_journal(finished=False)
 

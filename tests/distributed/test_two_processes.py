@@ -1,0 +1,353 @@
+"""Two gloo processes, as `torchrun` starts them, against one process on the same global batches.
+
+The runs are those of staged_worker.py; each start of processes takes long, so that a few of them serve all tests.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import torchthaw
+
+WORKER = Path(__file__).with_name("staged_worker.py")
+LIMIT = 300  # seconds for one start of processes, on a busy machine
+# Sums over halves of a batch round differently from sums over all of it, and AdamW divides small gradients by their
+# own size; the largest difference that was seen is 5e-7.
+WEIGHT_TOLERANCE = 1e-5
+LOG_TOLERANCE = 1e-4
+TIMINGS = ("runtime", "per_second", "total_flos")
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux" or not dist.is_gloo_available(), reason="gloo is tested on Linux"),
+    pytest.mark.timeout(900),
+]
+
+
+def start(processes, *command):
+    """Runs Python with a command line in one process or, by torchrun, in several; kills all of them if they hang."""
+    package = str(Path(torchthaw.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    with subprocess.Popen(
+        [sys.executable, *(launcher if processes > 1 else []), *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as child:
+        try:
+            stdout, stderr = child.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, 9)
+            raise
+    return child.returncode, stdout, stderr
+
+
+class Reports:
+    """What scenarios came to, read from the files of the processes."""
+
+    def __init__(self, folder, outcome):
+        self.folder, (self.code, self.stdout, self.stderr) = folder, outcome
+
+    def of(self, scenario):
+        files = sorted(self.folder.glob(f"{scenario}-[01].pt"))
+        assert files, f"{scenario} did not end:\n{self.stderr}"
+        return [torch.load(file, weights_only=True) for file in files]
+
+    def good(self, scenario):
+        reports = self.of(scenario)
+        assert [report["error"] for report in reports] == [None] * len(reports), reports[0]["error"]["trace"]
+        return reports
+
+    def failures(self, scenario):
+        return [(report["error"]["kind"], report["error"]["message"]) for report in self.of(scenario)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two processes, that run many scenarios and are killed in the last one."""
+    folder = tmp_path_factory.mktemp("two")
+    scenarios = [
+        "plain", "batch_norm", "own_heads", "stream", "stream_read_by_each", "change_weight", "change_frozen_weight",
+        "freeze", "other_plan", "broken_image", "missing_checkpoint", "synchronized_batch_norm", "stock_callback",
+        "stock_second_train", "kill",
+    ]  # fmt: skip
+    return Reports(folder, start(2, WORKER, folder, 6, *scenarios))
+
+
+@pytest.fixture(scope="module")
+def one(two, tmp_path_factory):
+    """One process with twice the batch size, that also goes on with the run that was killed."""
+    folder = tmp_path_factory.mktemp("one")
+    shutil.copytree(two.folder / "killed", folder / "killed")
+    scenarios = ["plain", "stream", "resumed_with_other_batches", "resumed"]
+    return Reports(folder, start(1, WORKER, folder, 12, *scenarios))
+
+
+@pytest.fixture(scope="module")
+def again(two, one, tmp_path_factory):
+    """Two processes, that go on with the run that was killed; then the first one breaks."""
+    folder = tmp_path_factory.mktemp("again")
+    shutil.copytree(two.folder / "killed", folder / "killed")
+    return Reports(folder, start(2, WORKER, folder, 6, "resumed", "break_first"))
+
+
+def largest_difference(some, others):
+    assert some.keys() == others.keys()
+    return max((some[name].double() - others[name].double()).abs().max().item() for name in some)
+
+
+def bit_equal(some, others):
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+def without_timings(entries):
+    return [{key: value for key, value in entry.items() if not key.endswith(TIMINGS)} for entry in entries]
+
+
+def decisions(report):
+    return [
+        {key: value for key, value in record.items() if key not in ("seconds", "train_images_per_second")}
+        for record in report["records"]
+    ]
+
+
+def assert_close(some, others, tolerance):
+    """Compares plain data: numbers to a tolerance, the rest exactly."""
+    if isinstance(some, dict):
+        assert some.keys() == others.keys()
+        for key in some:
+            if key != "reason":  # has the figures in words
+                assert_close(some[key], others[key], tolerance)
+    elif isinstance(some, list):
+        assert len(some) == len(others)
+        for item, other in zip(some, others, strict=True):
+            assert_close(item, other, tolerance)
+    elif isinstance(some, float):
+        assert some == pytest.approx(others, rel=tolerance, abs=tolerance)
+    else:
+        assert some == others
+
+
+# Two processes and one come to the same
+
+
+def test_weights_after_every_stage_are_those_of_one_process(two, one):
+    first, second = two.good("plain")
+    (alone,) = one.good("plain")
+    assert len(first["weights"]) == len(alone["weights"]) == 3
+    for stage in range(3):
+        assert bit_equal(first["weights"][stage], second["weights"][stage])
+        assert largest_difference(first["weights"][stage], alone["weights"][stage]) < WEIGHT_TOLERANCE
+    assert largest_difference(first["weights"][2], first["weights"][0]) > 10 * WEIGHT_TOLERANCE, "it was training"
+
+
+def test_decisions_and_log_are_those_of_one_process(two, one):
+    first, second = two.good("plain")
+    (alone,) = one.good("plain")
+    assert [record["accepted"] for record in alone["records"]] == [True, False, True]
+    assert decisions(first) == decisions(second)
+    assert without_timings(first["log"]) == without_timings(second["log"])
+    assert_close(decisions(first), decisions(alone), LOG_TOLERANCE)
+    assert_close(without_timings(first["log"]), without_timings(alone["log"]), LOG_TOLERANCE)
+    assert bit_equal(first["weights"][1], first["weights"][0]), "the second stage was rolled back"
+
+
+def global_batches(reports):
+    """Digests of the images of each step over all processes: (stage, epoch, step) -> digests."""
+    batches = {}
+    for report in reports:
+        for stage, epoch, step, digests in report["seen"]:
+            batches.setdefault((stage, epoch, step), []).extend(digests)
+    return {where: sorted(digests) for where, digests in batches.items()}
+
+
+def test_the_images_of_every_step_are_those_of_one_process(two, one):
+    """Augmentation goes on from epoch to epoch in both processes: accelerate does not tell the data set the epoch."""
+    together, alone = global_batches(two.good("plain")), global_batches(one.good("plain"))
+    assert together == alone
+    epochs = {}
+    for (_, epoch, _), digests in alone.items():
+        epochs.setdefault(epoch, set()).update(digests)
+    assert [len(digests) for digests in epochs.values()] == [24] * 5
+    assert len(set.union(*epochs.values())) == 5 * 24, "every epoch shows other views"
+
+
+@pytest.mark.parametrize("scenario", ["stream", "stream_read_by_each"])
+def test_each_image_of_a_stream_is_read_by_one_process(two, one, scenario):
+    """The first process reads for both, or both read and take their share."""
+    together, alone = global_batches(two.good(scenario)), global_batches(one.good("stream"))
+    assert together == alone
+    assert [(stage, step) for stage, _, step in together] == [(step >= 5, step) for step in range(8)]
+    steps = list(together.values())
+    passes = [Counter(sum(steps[first:last], [])) for first, last in ((0, 2), (2, 4), (4, 5), (5, 7), (7, 8))]
+    assert [len(digests) for digests in passes] == [24, 24, 12, 24, 12]
+    assert len(set.union(*map(set, passes))) == 96, "each image once in a pass, and never seen in the same way"
+    first, second = two.good(scenario)
+    assert bit_equal(first["final"], second["final"])
+    assert largest_difference(first["final"], one.good("stream")[0]["final"]) < WEIGHT_TOLERANCE
+
+
+def test_processes_may_draw_heads_of_their_own(two):
+    """The first one's counts, as under DDP, also where a stage is rolled back to it."""
+    first, second = two.good("own_heads")
+    assert [record["accepted"] for record in first["records"]] == [False]
+    assert bit_equal(first["final"], second["final"])
+
+
+def test_every_stage_is_wrapped_anew_and_looks_for_no_unused_parameters(two, one):
+    fresh = [{"kind": "DistributedDataParallel", "same as": stage, "finds unused": False} for stage in range(3)]
+    assert [report["wraps"] for report in two.good("plain")] == [fresh, fresh]
+    assert {wrap["kind"] for wrap in one.good("plain")[0]["wraps"]} == {"TorchvisionForImageClassification"}
+
+
+@pytest.mark.parametrize("scenario", ["stock_callback", "stock_second_train"])
+def test_trap_d_trainer_lets_processes_drift_apart_after_unfreezing(two, scenario):
+    """DDP reduces the gradients of what could be trained when it was wrapped around the model, and of nothing else.
+
+    `find_unused_parameters=True` does not help. ThawTrainer, in the tests above, keeps both processes bit-equal.
+    """
+    first, second = two.of(scenario)
+    assert largest_difference(first["final"], second["final"]) > 0.1
+
+
+def test_only_the_first_process_writes(two):
+    def files(rank):
+        folder = two.folder / f"plain-{rank}"
+        return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+    # Trainer keeps the random state of each process.
+    assert {Path(name).name for name in files(1)} == {"rng_state_1.pth"}
+    assert {"journal.json", "checkpoint-10/model.safetensors", "checkpoint-10/complete.json"} <= files(0)
+    assert sum("tfevents" in name for name in files(0)) == 1
+
+
+def test_batch_norm_statistics_are_the_same_in_both_processes(two):
+    first, second = two.good("batch_norm")
+    start = first["weights"][0]
+    moved = {name for name in start if not torch.equal(start[name], first["weights"][1][name])}
+    assert sum("running_mean" in name for name in moved) == 56
+    for stage in range(2):
+        assert bit_equal(first["weights"][stage], second["weights"][stage])
+
+
+def test_synchronized_batch_norm_needs_a_gpu(two):
+    """torch has no SyncBatchNorm for the CPU; that it says so in every process is all that can be seen here."""
+    failures = two.failures("synchronized_batch_norm")
+    assert failures == [("ValueError", "SyncBatchNorm layers only work with GPU modules")] * 2
+
+
+# What differs between the processes is found, by all of them
+
+
+@pytest.mark.parametrize(("scenario", "name"), [("change_weight", "fc.bias"), ("change_frozen_weight", "conv5.0.weight")])
+def test_a_weight_that_differs_is_found_at_the_end_of_the_stage(two, scenario, name):
+    (kind, message), other = two.failures(scenario)
+    assert (kind, message) == other
+    assert kind == "TrainingError"
+    assert "at the end of stage 'head', 1 of 338 tensors are not the same in all 2 processes: " in message
+    assert f"backbone.{name} (rank 1)" in message
+
+
+def test_what_trains_must_be_the_same_before_the_first_step(two):
+    (kind, message), other = two.failures("freeze")
+    assert (kind, message) == other
+    assert kind == "TrainingError"
+    assert "what trains in stage 'wreck' is not the same in all 2 processes: backbone.fc.bias." in message
+
+
+def test_processes_with_other_plans_are_told(two):
+    (kind, message), other = two.failures("other_plan")
+    assert (kind, message) == other
+    assert kind == "PlanError"
+    assert "process 1 was given another run than process 0" in message
+    assert "steps was [4, 4, 2] and is [4, 4]" in message
+
+
+def test_an_error_of_the_first_process_is_raised_in_both(two):
+    (kind, message), other = two.failures("missing_checkpoint")
+    assert (kind, message) == other
+    assert kind == "PlanError"
+    assert "there is no whole checkpoint" in message
+
+
+def test_a_broken_image_in_one_process_ends_the_stage_in_both(two):
+    first, second = two.good("broken_image")
+    assert decisions(first) == decisions(second)
+    assert [record["accepted"] for record in first["records"]] == [True, False, True]
+    assert [record["steps"] for record in first["records"]] == [4, 1, 2]
+    why = first["records"][1]["ended_early"]
+    assert "the loss became nan in stage 'wreck' at step 6;" in why
+    assert "images with values that are not finite (rows [2]): mend these images (process 1)" in why
+    for stage in range(3):
+        assert bit_equal(first["weights"][stage], second["weights"][stage])
+    assert bit_equal(first["weights"][0], first["weights"][1])
+    assert all(tensor.isfinite().all() for tensor in first["final"].values())
+
+
+def test_a_process_that_breaks_ends_the_run(again):
+    """torchrun ends the other one, which would wait for it."""
+    assert again.code not in (0, None)
+    assert "something broke in the first process" in again.stderr
+    assert not (again.folder / "break_first-0.pt").exists()
+
+
+# Killed and gone on with
+
+
+def test_a_killed_run_is_gone_on_with_exactly(two, again):
+    assert two.code != 0
+    assert not list(two.folder.glob("kill-*.pt")), "both processes were killed"
+    whole, _ = two.good("plain")
+    first, second = again.good("resumed")
+    assert first["seen"][0][:3] == (1, 3, 6), "from the checkpoint, not from the start"
+    assert bit_equal(first["final"], second["final"])
+    assert bit_equal(first["final"], whole["final"])
+    assert decisions(first) == decisions(whole)
+    assert without_timings(first["log"]) == without_timings(whole["log"])
+
+
+def test_one_process_goes_on_with_the_run_of_two_if_the_global_batches_are_the_same(two, one):
+    (report,) = one.good("resumed")
+    whole, _ = two.good("plain")
+    assert report["seen"][0][:3] == (1, 3, 6)
+    assert largest_difference(report["final"], whole["final"]) < WEIGHT_TOLERANCE
+    assert_close(decisions(report), decisions(whole), LOG_TOLERANCE)
+    assert_close(without_timings(report["log"]), without_timings(whole["log"]), LOG_TOLERANCE)
+
+
+def test_one_process_with_other_global_batches_is_refused(one):
+    ((kind, message),) = one.failures("resumed_with_other_batches")
+    assert kind == "PlanError"
+    assert "belongs to another run" in message
+    assert "images_per_step[0] was 12 and is 6" in message
+    assert "steps[0] was 4 and is 8" in message
+
+
+# The command line
+
+
+def test_the_command_line_gives_one_document_and_one_folder(make_image_folder, tmp_path):
+    data, out = make_image_folder(per_class=12), tmp_path / "out"
+    code, stdout, stderr = start(
+        2, "-m", "torchthaw", "train", "two_phase", "--data", data, "--output", out, "--json",
+        "--backbone", "shufflenet_v2_x0_5", "--weights", "builtin", "--set", "image_size=32", "--set", "epochs=2",
+        "--set", "batch_size=4", "--set", "num_workers=0", "--set", "data.test=0.25",
+    )  # fmt: skip
+    assert code == 0, stderr
+    results = json.loads(stdout)
+    assert results == json.loads((out / "results.json").read_text())
+    assert [stage["name"] for stage in results["stages"]] == ["head", "all"]
+    assert results["test"]["num_images"] == results["num_images"]["test"] == 9
+    assert [path.name for path in tmp_path.iterdir() if path != data] == ["out"]
+    assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors", "recipe.yaml", "stages"}
+    assert json.loads((out / "stages" / "journal.json").read_text())["finished"] is True
