@@ -1,4 +1,4 @@
-"""What the processes do whose results test_two_processes.py reads: runs of a small network on drawn images, by scenario.
+"""Runs of a small network on drawn images, by scenario, whose results test_two_processes.py reads.
 
     torchrun --nproc_per_node 2 staged_worker.py FOLDER BATCH_SIZE SCENARIO...
 
@@ -85,17 +85,17 @@ class Recorder(TrainerCallback):
 class WatchedTrainer(ThawTrainer):
     """Notes which pixels each step of training sees, and spoils an image of the second process if it is to."""
 
-    spoiled_step = None
+    spoiled = None
 
     def training_step(self, model, inputs, *args, **kwargs):
-        if self.state.global_step == self.spoiled_step and RANK == 1:
+        if (self.stage.name, self.state.global_step, RANK) == self.spoiled:
             inputs["pixel_values"][2, 0, 0, 0] = float("nan")
         where = (self.state.stage_index, int(self.state.epoch or 0), self.state.global_step)
         self.seen.append((*where, [digest(image) for image in inputs["pixel_values"]]))
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def staged(folder, batch_size, *, plan=PLAN, data=None, callbacks=(), model=None, resume=None, spoiled_step=None, **options):
+def staged(folder, batch_size, *, plan=PLAN, data=None, callbacks=(), model=None, resume=None, spoiled=None, **options):
     """Makes a staged run; returns what there is to tell of it, whether it ended or failed."""
     recorder = Recorder()
     defaults = {"augmentation": "light", "gate": "best", "metric_for_best_model": "loss", "report_to": "none"}
@@ -116,7 +116,7 @@ def staged(folder, batch_size, *, plan=PLAN, data=None, callbacks=(), model=None
         callbacks=[recorder, *callbacks],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    recorder.trainer, trainer.seen, trainer.spoiled_step = trainer, [], spoiled_step
+    recorder.trainer, trainer.seen, trainer.spoiled = trainer, [], spoiled
     error = None
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -241,7 +241,7 @@ def other_plan(folder, batch_size):
 
 
 def broken_image(folder, batch_size):
-    return staged(folder / "nan", batch_size, spoiled_step=5, gate="off")
+    return staged(folder / "nan", batch_size, spoiled=("wreck", 5, 1), gate="off")
 
 
 def missing_checkpoint(folder, batch_size):

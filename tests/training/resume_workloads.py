@@ -6,6 +6,7 @@ a second. It reads one request a line and answers each with one line, both JSON;
 
 import gc
 import json
+import logging
 import os
 import re
 import signal
@@ -171,8 +172,8 @@ def forked(model, splits, request):
             os.dup2(log, 1), os.dup2(log, 2)
             run(model, splits, request["folder"], request["layout"], request.get("kill"))
             code = 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        except Exception:
+            logging.exception("the run broke down")
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)

@@ -1,12 +1,15 @@
-"""The gate in real runs: a useless stage is rolled back, a useful one kept, and what is reported is what happened."""
+"""The gate at work in runs on real images: useless stages are undone, useful ones kept, and the records say so."""
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import transformers
+from scipy.stats import binomtest
 from transformers import TrainerCallback
 
 from torchthaw import (
@@ -15,184 +18,310 @@ from torchthaw import (
     ThawTrainingArguments,
     TorchvisionForImageClassification,
     TorchvisionImageProcessor,
-    load_image_dataset,
+    cli,
 )
-from torchthaw.errors import PlanError
+from torchthaw.data.builtin import load_builtin_dataset
+from torchthaw.data.views import ImageView
+from torchthaw.evaluation.inference import predict_logits
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
-HEAD = Stage("head", "head", epochs=1, learning_rate=1e-2)
-# Far too high for the backbone, and yet finite.
-WRECK = Stage("wreck", "all", epochs=1, learning_rate={"head": 1e-2, "backbone": 0.1}, warmup=0.0)
-USEFUL = Stage("last block", 1, epochs=1, learning_rate=5e-3, batch_norm="train")
-
-
-def draw(label: int, number: int) -> Image.Image:
-    """A noisy field whose channels differ a little: the head alone does not tell all of them apart."""
-    pixels = np.random.default_rng(1000 * label + number).integers(0, 120, size=(40, 48, 3), dtype=np.uint8)
-    pixels[..., label] += 24
-    return Image.fromarray(pixels)
+STEPS = 6  # of an epoch
+HEAD = Stage("head", "head", epochs=2, learning_rate=1e-2)
+WRECK = Stage("wreck", "all", epochs=1, learning_rate=0.02, warmup=0.0)
+BLOCK = Stage("block", 1, epochs=2, learning_rate=2e-3)
+PLAN = [HEAD, WRECK, BLOCK]
 
 
 @pytest.fixture(scope="module")
-def fields(tmp_path_factory):
-    root = tmp_path_factory.mktemp("fields")
-    for split, numbers in (("train", range(24)), ("validation", range(100, 116))):
-        for label, name in enumerate(("red", "green", "blue")):
-            (root / split / name).mkdir(parents=True)
-            for number in numbers:
-                draw(label, number).save(root / split / name / f"{number}.png")
-    return load_image_dataset(root)
+def digits():
+    images = load_builtin_dataset("digits")["train"].shuffle(seed=0)
+    return images.select(range(40 * STEPS)), images.select(range(240, 440))
 
 
-class Watcher(TrainerCallback):
-    """Notes the weights at the borders of stages."""
+def new_model():
+    torch.manual_seed(0)
+    return TorchvisionForImageClassification.from_torchvision(
+        ARCHITECTURE, "builtin", id2label=[str(digit) for digit in range(10)]
+    )
+
+
+def new_processor():
+    return TorchvisionImageProcessor.from_torchvision(ARCHITECTURE, "builtin", image_size=32)
+
+
+def copied(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+class Recorder(TrainerCallback):
+    """Keeps the weights at both ends of each stage, and at each validation."""
 
     def __init__(self):
-        self.begins, self.ends, self.evaluated = {}, {}, []
+        self.begins, self.ends, self.validated, self.train_ends = [], [], {}, 0
 
-    def on_stage_begin(self, args, state, control, *, stage, model, **kwargs):
-        self.begins[stage.name] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    def on_stage_begin(self, args, state, control, *, model, **kwargs):
+        self.begins.append(copied(model))
 
-    def on_stage_end(self, args, state, control, *, stage, record, model, **kwargs):
-        self.ends[stage.name] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    def on_stage_end(self, args, state, control, *, model, **kwargs):
+        self.ends.append(copied(model))
+
+    def on_evaluate(self, args, state, control, *, model, **kwargs):
+        if state.global_step not in self.validated:
+            self.validated[state.global_step] = copied(model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.train_ends += 1
 
 
-def run(tmp_path, fields, plan, name="out", **options):
-    torch.manual_seed(0)
-    classes = fields["train"].features["label"].names
-    model = TorchvisionForImageClassification.from_torchvision(ARCHITECTURE, weights="builtin", id2label=classes)
-    processor = TorchvisionImageProcessor.from_torchvision(ARCHITECTURE, weights="builtin", image_size=32)
-    defaults = {"per_device_train_batch_size": 8, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
-    watcher = Watcher()
+def run(digits, folder, plan=PLAN, callbacks=(), **options):
+    """Trains; returns the trainer and what was recorded."""
+    defaults = {"per_device_train_batch_size": 40, "augmentation": "none", "report_to": "none", "use_cpu": True}
+    recorder = Recorder()
     trainer = ThawTrainer(
-        model=model,
-        args=ThawTrainingArguments(output_dir=str(tmp_path / name), plan=plan, **{**defaults, **options}),
-        train_dataset=fields["train"],
-        eval_dataset=fields["validation"],
-        processing_class=processor,
-        callbacks=[watcher],
+        new_model(),
+        ThawTrainingArguments(str(folder), plan=plan, disable_tqdm=True, **{**defaults, **options}),
+        train_dataset=digits[0],
+        eval_dataset=digits[1],
+        processing_class=new_processor(),
+        callbacks=[recorder, *callbacks],
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    return trainer, watcher
+    return trainer, recorder
 
 
-def equal(first, second):
-    return all(torch.equal(first[name], second[name]) for name in first)
+@pytest.fixture(scope="module")
+def gated(digits, tmp_path_factory):
+    return run(digits, tmp_path_factory.mktemp("gated"))
 
 
-def test_a_useless_stage_is_rolled_back_and_without_the_gate_the_run_ends_worse(tmp_path, fields):
-    plan = [HEAD, WRECK, USEFUL]
-    gated, watcher = run(tmp_path, fields, plan)
-    head, wreck, useful = gated.stage_records
-    assert (head.accepted, wreck.accepted, useful.accepted) == (True, False, True)
-    assert wreck.best_metric < head.best_metric < useful.best_metric
-    # Bit for bit, statistics included.
-    assert equal(watcher.begins["wreck"], watcher.begins["last block"])
-    assert equal(watcher.ends["wreck"], watcher.begins["last block"])
-    assert wreck.changes["stem"] > 0.1, "the stage did move the backbone before it was rolled back"
-
-    end = gated.evaluate()["eval_accuracy"]
-    assert end == useful.best_metric == gated.state.best_metric
-    assert gated.state.best_global_step == 3 * 9
-
-    free, free_watcher = run(tmp_path, fields, plan, "free", gate="off")
-    assert all(record.accepted for record in free.stage_records)
-    assert not equal(free_watcher.begins["wreck"], free_watcher.begins["last block"])
-    assert free.evaluate()["eval_accuracy"] < end
-    # A wrecked last stage is what a run without the gate hands over.
-    last, _ = run(tmp_path, fields, [HEAD, WRECK], "last", gate="off")
-    assert last.evaluate()["eval_accuracy"] == last.stage_records[1].best_metric < head.best_metric
+@pytest.fixture(scope="module")
+def ungated(digits, tmp_path_factory):
+    return run(digits, tmp_path_factory.mktemp("ungated"), gate="off")
 
 
-def test_what_is_reported_is_the_paired_difference_on_the_same_images(tmp_path, fields):
-    trainer, watcher = run(tmp_path, fields, [HEAD, WRECK, USEFUL])
-    record = trainer.stage_records[2]
-    comparison = record.comparison
-    assert comparison["before"] == trainer.stage_records[0].best_metric
-    assert comparison["after"] == record.best_metric
-    assert comparison["difference"] == pytest.approx(comparison["after"] - comparison["before"])
-    assert (comparison["wins"] - comparison["losses"]) / 48 == pytest.approx(comparison["difference"])
-    low, high = comparison["interval"]
-    assert low < comparison["difference"] <= high
-    assert f"{comparison['before']:.4f} -> {comparison['after']:.4f}" in record.reason
-
-    # How far each group went, computed here from the weights at the borders.
-    before, after = watcher.begins["last block"], watcher.ends["last block"]
-    for name, group in trainer.model.layer_groups().items():
-        moved = math.sqrt(sum((after[key] - before[key]).double().square().sum().item() for key in group.parameters))
-        size = math.sqrt(sum(before[key].double().square().sum().item() for key in group.parameters))
-        assert record.changes[name] == pytest.approx(moved / size, abs=2e-6)
-    assert record.changes["stem"] == record.changes["stage3"] == 0
-    assert record.changes["head"] > 0
-
-    journal = json.loads((tmp_path / "out" / "journal.json").read_text())
-    assert journal["finished"]
-    assert [stage["reason"] for stage in journal["stages"]] == [r.reason for r in trainer.stage_records]
+def bit_equal(some, others):
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
 
 
-def test_a_stage_proposes_its_best_epoch_not_its_last(tmp_path, fields):
-    # The rate rises to its peak at the end, so that the last epochs wreck what the first ones learned.
-    plan = [Stage("head", "all", epochs=4, learning_rate={"head": 1e-2, "backbone": 0.1}, warmup=36)]
-    trainer, _ = run(tmp_path, fields, plan)
-    values = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
-    assert max(values) > values[-1]
-    assert trainer.stage_records[0].best_metric == max(values[1:])
-    assert trainer.evaluate()["eval_accuracy"] == max(values[1:])
-
-    last, _ = run(tmp_path, fields, plan, "last", gate="off", load_best_model_at_end=False)
-    assert last.evaluate()["eval_accuracy"] == values[-1], "without load_best_model_at_end, the last weights count"
+def predictions(weights, images):
+    """Class ids by the given weights, without the Trainer."""
+    model = new_model()
+    model.load_state_dict(weights)
+    return predict_logits(model, ImageView(images, new_processor()), batch_size=50).argmax(1)
 
 
-@pytest.mark.parametrize(
-    ("options", "accepted", "reason"),
-    [
-        ({"gate": "significant"}, True, "better, kept"),
-        ({"gate": "significant", "min_gain": 0.9}, False, "by less than the least gain of 0.9, not kept"),
-        ({"gate": "best", "min_gain": 0.9}, False, "by less than the least gain of 0.9, not kept"),
-        ({"metric_for_best_model": "macro_f1"}, True, "validation macro_f1"),
-        ({"metric_for_best_model": "loss"}, True, "validation loss"),
-        ({"eval_on_start": False}, True, "there was no validation before the stage"),
-    ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
-)
-def test_the_gate_does_what_it_is_told(tmp_path, fields, options, accepted, reason):
-    trainer, watcher = run(tmp_path, fields, [HEAD], **options)
-    record = trainer.stage_records[0]
-    assert record.accepted is accepted
-    assert reason in record.reason
-    back = equal(watcher.begins["head"], trainer.model.state_dict())
-    assert back is not accepted
+def accuracies(trainer):
+    return {entry["step"]: entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry}
 
 
-def test_a_run_can_end_with_the_first_stage_that_is_not_kept(tmp_path, fields):
-    trainer, watcher = run(tmp_path, fields, [HEAD, WRECK, USEFUL], on_reject="stop")
-    assert [record.name for record in trainer.stage_records] == ["head", "wreck"]
-    assert equal(watcher.begins["wreck"], trainer.model.state_dict())
-    assert trainer.evaluate()["eval_accuracy"] == trainer.stage_records[0].best_metric
+def test_a_useless_stage_in_the_middle_is_rolled_back_and_useful_ones_are_kept(gated):
+    trainer, recorder = gated
+    assert [record.accepted for record in trainer.stage_records] == [True, False, True]
+    head, _, block = recorder.ends
+    assert not bit_equal(recorder.validated[3 * STEPS], head), "the stage did change the weights"
+    assert bit_equal(recorder.ends[1], head)
+    assert bit_equal(recorder.begins[2], head)
+    assert not bit_equal(block, head)
 
 
-def test_patience_ends_a_stage_but_not_the_run(tmp_path, fields):
-    still = Stage("still", "head", epochs=5, learning_rate=1e-9, patience=2)
-    trainer, _ = run(tmp_path, fields, [still, USEFUL])
-    first, second = trainer.stage_records
-    # The first validation of a stage is its best so far; two without a gain follow.
-    assert first.epochs == 3
-    assert "2 validations in a row without a better accuracy" in first.ended_early
-    assert second.epochs == 1
-    assert trainer.state.global_step == trainer.state.max_steps == 4 * 9
-    assert trainer.state.num_train_epochs == 4
+def test_without_the_gate_the_same_run_ends_worse(gated, ungated):
+    trainer, recorder = ungated
+    assert [record.accepted for record in trainer.stage_records] == [True, True, True]
+    assert bit_equal(recorder.begins[2], recorder.validated[3 * STEPS])
+    assert trainer.evaluate()["eval_accuracy"] < gated[0].evaluate()["eval_accuracy"] - 0.2
 
 
-def test_what_the_gate_cannot_decide_is_refused(tmp_path, fields):
-    with pytest.raises(PlanError, match="no paired test for the metric 'eval_runtime'"):
-        run(tmp_path, fields, [HEAD], gate="significant", metric_for_best_model="runtime")
-    with pytest.raises(PlanError, match=r"validation gives no 'eval_acuracy'.* Did you mean 'accuracy'"):
-        run(tmp_path, fields, [HEAD], metric_for_best_model="acuracy")
-    with pytest.raises(PlanError, match="eval_strategy is 'no', so that there is nothing to decide by"):
-        ThawTrainingArguments(output_dir=str(tmp_path), gate="best", eval_strategy="no", load_best_model_at_end=False)
-    with pytest.raises(PlanError, match="unknown gate 'bset'. Did you mean 'best'"):
-        ThawTrainingArguments(output_dir=str(tmp_path), gate="bset")
-    with pytest.raises(PlanError, match="unknown on_reject 'go'"):
-        ThawTrainingArguments(output_dir=str(tmp_path), on_reject="go")
-    with pytest.raises(PlanError, match="min_gain is -1"):
-        ThawTrainingArguments(output_dir=str(tmp_path), min_gain=-1)
+def test_the_run_ends_with_the_best_accepted_weights(gated):
+    trainer, recorder = gated
+    best = trainer.stage_records[2].best_metric
+    assert best == max(accuracies(trainer).values())
+    assert trainer.evaluate()["eval_accuracy"] == best
+    assert bit_equal(copied(trainer.model), recorder.validated[5 * STEPS])
+    assert trainer.state.best_metric == best
+    assert trainer.state.best_global_step == 5 * STEPS
+    assert trainer.state.best_model_checkpoint == str(Path(trainer.args.output_dir) / f"checkpoint-{5 * STEPS}")
+
+
+def test_a_rejected_last_stage_leaves_the_best_to_the_one_before(digits, tmp_path):
+    trainer, recorder = run(digits, tmp_path, [HEAD, WRECK])
+    assert [record.accepted for record in trainer.stage_records] == [True, False]
+    best = trainer.stage_records[0].best_metric
+    assert trainer.evaluate()["eval_accuracy"] == best
+    assert bit_equal(copied(trainer.model), recorder.ends[0])
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (best, 2 * STEPS)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{2 * STEPS}")
+    saved = TorchvisionForImageClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert bit_equal(copied(saved), recorder.ends[0])
+
+
+def test_comparisons_are_those_of_the_weights_before_and_after(gated, digits):
+    trainer, recorder = gated
+    labels = np.asarray(digits[1]["label"])
+    for number, step in enumerate((2 * STEPS, 3 * STEPS, 5 * STEPS)):
+        before = predictions(recorder.begins[number], digits[1]) == labels
+        after = predictions(recorder.validated[step], digits[1]) == labels
+        wins, losses = int((after & ~before).sum()), int((before & ~after).sum())
+        comparison = trainer.stage_records[number].comparison
+        assert comparison["metric"] == "accuracy"
+        assert (comparison["wins"], comparison["losses"]) == (wins, losses)
+        assert comparison["before"] == pytest.approx(before.mean())
+        assert comparison["after"] == pytest.approx(after.mean())
+        assert comparison["difference"] == pytest.approx((wins - losses) / len(labels))
+        assert comparison["p_value"] == pytest.approx(binomtest(wins, wins + losses).pvalue)
+        low, high = comparison["interval"]
+        assert low < comparison["difference"] < high
+        assert (low > 0 or high < 0) == (comparison["p_value"] < 0.05)
+        assert f"{comparison['before']:.4f} -> {comparison['after']:.4f}" in trainer.stage_records[number].reason
+
+
+def test_changes_are_how_far_each_layer_group_moved(gated):
+    trainer, recorder = gated
+    groups = {name: list(group.parameters) for name, group in trainer.model.layer_groups().items()}
+    for number, step in enumerate((2 * STEPS, 3 * STEPS, 5 * STEPS)):
+        before, after = recorder.begins[number], recorder.validated[step]
+        for name, parameters in groups.items():
+            moved = math.hypot(*((after[p] - before[p]).double().norm().item() for p in parameters))
+            size = math.hypot(*(before[p].double().norm().item() for p in parameters))
+            assert trainer.stage_records[number].changes[name] == pytest.approx(moved / size, rel=1e-4, abs=1e-6)
+    still = [{name for name, change in record.changes.items() if change == 0.0} for record in trainer.stage_records]
+    assert still == [set(groups) - {"head"}, set(), set(groups) - {"head", list(groups)[-2]}]
+
+
+def test_records_are_complete(gated):
+    trainer, _ = gated
+    for record, stage in zip(trainer.stage_records, PLAN, strict=True):
+        assert (record.name, record.epochs, record.steps) == (stage.name, stage.epochs, stage.epochs * STEPS)
+        assert record.learning_rates == stage.learning_rates(list(trainer.model.layer_groups()))
+        assert record.ended_early is None
+        assert 0 < record.train_images_per_second * record.seconds == pytest.approx(record.steps * 40, rel=1e-2)
+
+
+def test_significant_asks_for_a_gain_beyond_noise(digits, tmp_path):
+    plan = [HEAD, Stage("small", "head", epochs=1, learning_rate=2e-3)]
+    trainers = [run(digits, tmp_path / gate, plan, gate=gate)[0] for gate in ("best", "significant")]
+    best, significant = ([record.accepted for record in trainer.stage_records] for trainer in trainers)
+    assert (best, significant) == ([True, True], [True, False])
+    one, other = (trainer.stage_records[1] for trainer in trainers)
+    assert one.comparison == other.comparison
+    assert one.comparison["difference"] > 0
+    assert one.comparison["p_value"] >= 0.05
+    assert "better, but not beyond chance" in other.reason
+    assert trainers[1].evaluate()["eval_accuracy"] == pytest.approx(one.comparison["before"])
+
+
+def test_min_gain_is_what_a_stage_must_bring(digits, gated, tmp_path):
+    gains = [record.comparison["difference"] for record in gated[0].stage_records]
+    assert gains[2] < 0.2 < gains[0]
+    trainer, recorder = run(digits, tmp_path, [HEAD, BLOCK], min_gain=0.2)
+    assert [record.accepted for record in trainer.stage_records] == [True, False]
+    assert "better, but by less than the least gain of 0.2" in trainer.stage_records[1].reason
+    assert bit_equal(copied(trainer.model), recorder.ends[0])
+
+
+def test_the_run_may_stop_at_a_rejected_stage(digits, gated, tmp_path):
+    trainer, recorder = run(digits, tmp_path, on_reject="stop")
+    assert [(record.name, record.accepted) for record in trainer.stage_records] == [("head", True), ("wreck", False)]
+    assert trainer.state.global_step == 3 * STEPS
+    assert recorder.train_ends == 1
+    assert bit_equal(copied(trainer.model), gated[1].ends[0])
+    assert json.loads((tmp_path / "journal.json").read_text())["finished"] is True
+
+
+@pytest.mark.parametrize("metric", ["loss", "macro_f1", "balanced_accuracy"])
+def test_other_metrics_decide_in_their_own_direction(digits, tmp_path, metric):
+    trainer, _ = run(digits, tmp_path, [HEAD, WRECK], metric_for_best_model=metric)
+    log = {entry["step"]: entry[f"eval_{metric}"] for entry in trainer.state.log_history if f"eval_{metric}" in entry}
+    head, wreck = trainer.stage_records
+    choose = min if metric == "loss" else max
+    assert (head.accepted, wreck.accepted) == (True, False)
+    assert head.best_metric == choose(log[STEPS], log[2 * STEPS])
+    assert head.comparison["before"] == log[0]
+    assert wreck.comparison["after"] == log[3 * STEPS]
+    assert wreck.comparison["method"].startswith("paired bootstrap")
+    assert trainer.evaluate()[f"eval_{metric}"] == head.best_metric
+
+
+# Within a stage
+
+
+class Spoil(TrainerCallback):
+    """Spoils the head in every epoch from one on, before it is validated."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch_end(self, args, state, control, *, model, **kwargs):
+        if round(state.epoch) >= self.epoch:
+            with torch.no_grad():
+                model.backbone.fc.weight.copy_(torch.roll(model.backbone.fc.weight, 1, dims=0))
+
+
+def test_what_a_stage_proposes_are_the_weights_of_its_best_epoch(digits, tmp_path):
+    plan = [Stage("head", "head", epochs=4, learning_rate=1e-2, schedule="constant")]
+    trainer, recorder = run(digits, tmp_path, plan, [Spoil(epoch=4)])
+    measured = accuracies(trainer)
+    best = max(measured, key=measured.get)
+    assert measured[best] > measured[4 * STEPS]
+    assert trainer.stage_records[0].best_metric == measured[best] == trainer.evaluate()["eval_accuracy"]
+    assert trainer.stage_records[0].accepted
+    assert bit_equal(copied(trainer.model), recorder.validated[best])
+    assert trainer.state.best_global_step == best
+
+
+def test_without_load_best_model_at_end_they_are_its_last_weights(digits, tmp_path):
+    plan = [Stage("head", "head", epochs=2, learning_rate=1e-2), Stage("more", "head", epochs=2, learning_rate=1e-3)]
+    trainer, recorder = run(digits, tmp_path, plan, [Spoil(epoch=4)], load_best_model_at_end=False)
+    head, more = trainer.stage_records
+    assert (head.accepted, more.accepted) == (True, False)
+    measured = accuracies(trainer)
+    assert measured[3 * STEPS] > measured[4 * STEPS] == more.comparison["after"]
+    assert bit_equal(copied(trainer.model), recorder.validated[2 * STEPS])
+
+
+def test_patience_ends_a_stage_early_and_the_next_one_follows(digits, tmp_path):
+    plan = [Stage("head", "head", epochs=6, learning_rate=1e-2, patience=2, schedule="constant"), BLOCK]
+    trainer, recorder = run(digits, tmp_path, plan, [Spoil(epoch=2)], logging_strategy="steps", logging_steps=1)
+    head, block = trainer.stage_records
+    assert (head.epochs, head.steps) == (3, 3 * STEPS)
+    assert head.ended_early == "2 validations in a row without a better accuracy"
+    assert bit_equal(recorder.ends[0], recorder.validated[STEPS])
+    assert (block.epochs, block.steps, block.ended_early) == (2, 2 * STEPS, None)
+    assert trainer.state.global_step == trainer.state.max_steps == 5 * STEPS
+    assert trainer.state.num_train_epochs == trainer.state.epoch == 5
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [line["step"] for line in lines] == list(range(1, 5 * STEPS + 1))
+    assert [line["stage_name"] for line in lines] == ["head"] * 3 * STEPS + ["block"] * 2 * STEPS
+    rates = [line["learning_rate/head"] for line in lines[3 * STEPS :]]
+    assert rates[0] == 0.0
+    assert max(rates) == 2e-3, "the next stage has a schedule of its own, from its warmup on"
+
+
+# The command line
+
+
+def test_results_hold_the_decisions(make_image_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    stages = "[{name: head, unfreeze: head, epochs: 1, learning_rate: 0.003}, {name: wreck, learning_rate: 0.05}]"
+    arguments = ["--data", make_image_folder(per_class=12), "--output", out, "--backbone", ARCHITECTURE, "--quiet"]
+    settings = [
+        "weights=builtin", "image_size=32", "batch_size=9", "num_workers=0", "data.validation=0.25",
+        "plan=null", "epochs=null", f"stages={stages}", "min_gain=0.01", "on_reject=stop", "metric=accuracy",
+    ]  # fmt: skip
+    arguments += [part for setting in settings for part in ("--set", setting)]
+    monkeypatch.setattr(sys, "argv", ["torchthaw", "train", "staged", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code, capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
+    assert results["gate"] == {"gate": "best", "min_gain": 0.01, "on_reject": "stop"}
+    head, wreck = results["stages"]
+    assert (head["accepted"], wreck["accepted"]) == (True, False)
+    for stage in (head, wreck):
+        comparison = stage["comparison"]
+        assert comparison.keys() >= {"metric", "before", "after", "difference", "interval", "p_value", "method"}
+        assert stage["reason"].startswith(
+            f"validation accuracy {comparison['before']:.4f} -> {comparison['after']:.4f}"
+        )
+    assert wreck["comparison"]["before"] == head["best_metric"] == results["validation"]["accuracy"]
+    assert wreck["changes"]["stem"] > 0.0 == head["changes"]["stem"]

@@ -130,7 +130,8 @@ def check_same(result, expected, *, went_on_from=None):
 def test_the_runs_are_worth_comparing(undisturbed):
     """All stages change the weights, BatchNorm statistics among them, and the gate decides both ways."""
     kept = {layout: [record["accepted"] for record in undisturbed(layout)[0]["records"]] for layout in LAYOUTS}
-    assert kept == {"epochs": [True, True, False], "steps": [True, True, False], "often": [True, True, True]}
+    assert {*kept["epochs"], *kept["steps"]} == {True, False}
+    assert kept["often"] == [True, True, True]
     for layout in LAYOUTS:
         result = undisturbed(layout)[0]
         moved = [{group for group, change in record["changes"].items() if change} for record in result["records"]]
@@ -206,10 +207,10 @@ KILLS = {
     "before a checkpoint's manifest": ("epochs", files(["open", "checkpoint-8/.complete.json.*w"]), 4),
     "before a manifest counts": ("often", files(["os.rename", "checkpoint-14/complete.json$"]), 13),
     "before an old checkpoint is removed": ("often", files(["os.remove", "checkpoint-1/complete.json"]), 3),
-    "an old checkpoint without its manifest": ("often", files(["shutil.rmtree", "checkpoint-1 "]), 3),
+    "an old checkpoint without its manifest": ("often", files(["shutil.rmtree", "checkpoint-1( |$)"]), 3),
     "an old checkpoint half removed": (
         "often",
-        files(["shutil.rmtree", "checkpoint-1 "], *[["os.remove", "."]] * 5),
+        files(["shutil.rmtree", "checkpoint-1( |$)"], *[["os.remove", "."]] * 5),
         3,
     ),
     "the journal's first entry": ("epochs", files(["os.rename", "journal.json$"]), 0),
@@ -241,7 +242,7 @@ SERIES = {
         "epochs",
         [
             files(["os.rename", "checkpoint-8/complete.json$"]),
-            files(["shutil.rmtree", "checkpoint-8 "], *[["os.remove", "."]] * 3),
+            files(["shutil.rmtree", "checkpoint-8( |$)"], *[["os.remove", "."]] * 3),
         ],
         4,
     ),

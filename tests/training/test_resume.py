@@ -37,7 +37,7 @@ EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end
 STEPS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -50,7 +50,7 @@ class Interrupt(StageCallback):
 
     def strike(self, args, state, control, **_):
         if state.global_step == self.step:
-            raise Interrupted
+            raise InterruptionError
 
 
 class Start(transformers.TrainerCallback):
@@ -106,7 +106,7 @@ def make(untrained, tmp_path):
 
 def interrupt(trainer, event, step, **options):
     trainer.add_callback(Interrupt(event, step))
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         trainer.train(**options)
 
 
@@ -313,18 +313,12 @@ def test_a_damaged_checkpoint_ahead_does_not_count(make, tmp_path):
     options = {**EVERY_STEP, "save_total_limit": 1}
     expected = make(folder="expected", **options)
     expected.train()
-    interrupt(make(**{**options, "save_total_limit": 2}), "on_step_end", 7)
-    run = tmp_path / "run"
-    assert checkpoints(run) == [5, 6]
-    (run / "checkpoint-6" / "model.safetensors").write_bytes(b"")
-    interrupt(make(**options), "on_stage_end", 9, resume_from_checkpoint=True)
-    assert checkpoints(run)[-1] == 9
-    shutil.rmtree(run)
-
     interrupt(make(**{**options, "save_total_limit": None}), "on_step_end", 7)
-    (run / "checkpoint-6" / "model.safetensors").write_bytes(b"")
-    (run / "checkpoint-5" / "model.safetensors").write_bytes(b"")
+    run = tmp_path / "run"
+    for step in (5, 6):
+        (run / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
     interrupt(make(**options), "on_step_begin", 5, resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert checkpoints(run) == [3, 5, 6], "the best, the last, and the damaged one"
     trainer = make(**options)
     assert resume(trainer) == 5
     assert_same(trainer, expected)
@@ -342,21 +336,21 @@ def test_a_checkpoint_is_never_taken_away_to_write_the_same_step(make, tmp_path)
     expected.train()
 
     class CutOff(SaveAtTheEnd):
+        """The next checkpoint that is begun after step 6 does not come to its end."""
+
         def on_epoch_end(self, args, state, control, **_):
             control.should_save = state.global_step == 6
             if control.should_save:
                 trainer._save_rng_state = self.fail
 
         def fail(self, *args):
-            raise Interrupted
+            raise InterruptionError
 
     trainer = make([CutOff()], **options)
-    try:
+    with pytest.raises(InterruptionError):
         trainer.train()
-    except Interrupted:
-        assert has_checkpoint(tmp_path / "run")
     trainer = make([SaveAtTheEnd()], **options)
-    assert resume(trainer) in (6, 9)
+    assert resume(trainer) == 6
     assert_same(trainer, expected)
 
 
@@ -411,7 +405,7 @@ def test_an_epoch_that_a_callback_ends_is_over(make, options):
     points = [("on_save", 5), ("on_step_begin", 5), ("on_step_end", 7)] if options else [("on_save", 5)]
     expected, _ = all_interruptions(make, options, points, lambda: [Stop(5, "should_epoch_stop")])
     assert expected.state.epoch == 3
-    assert expected.state.global_step == 9
+    assert expected.state.global_step == 8
 
 
 @pytest.mark.parametrize(
@@ -423,9 +417,9 @@ def test_an_epoch_that_a_callback_ends_is_over(make, options):
     ],
 )
 def test_patience_goes_on_counting(make, options, last_step, points):
-    """No validation is better than the stage's first, at whatever it comes: two after it end the stage."""
+    """At a rate that moves nothing no validation is better than the stage's first: two after it end the stage."""
     plan = [
-        Stage("head", "head", epochs=9, learning_rate=1.0, schedule="constant", patience=2),
+        Stage("head", "head", epochs=9, learning_rate=1e-12, patience=2),
         Stage("last block", 1, epochs=1, learning_rate=1e-3),
     ]
     expected, _ = all_interruptions(make, {"plan": plan, **options}, points)
@@ -453,8 +447,8 @@ def test_a_stage_that_runs_again_at_lower_rates(make, options):
 
 
 def test_steps_that_accumulate_gradients(make):
-    """11 images in batches of 2 are 3 steps of 2, 2, 2 batches, the last of 1 image less."""
-    options = {**EVERY_STEP, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train": samples(9)}
+    """10 images in batches of 2 are 3 steps, of 2, 2 and 1 batches."""
+    options = {**EVERY_STEP, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "train": samples(10)}
     points = [("on_step_end", 2), ("on_save", 3), ("on_substep_end", 4), ("on_step_end", 6), ("on_step_begin", 8)]
     expected, went_on = all_interruptions(make, options, points)
     assert expected.state.global_step == 9
@@ -475,11 +469,10 @@ def test_stages_in_steps_with_batches_of_their_own(make):
         Stage("last block", 1, steps=4, learning_rate=3e-3, batch_size=5, batch_norm="train"),
         Stage("all", "all", epochs=1, learning_rate=1e-3, optimizer="sgd"),
     ]
-    points = [("on_step_end", 2), ("on_save", 4), ("on_save", 5), ("on_step_begin", 7), ("on_save", 8)]
-    points += [("on_stage_end", 9), ("on_step_end", 11), ("on_train_end", 12)]
+    points = [("on_step_end", 2), ("on_save", 4), ("on_save", 5), ("on_step_begin", 7), ("on_stage_end", 9)]
     expected, went_on = all_interruptions(make, {"plan": plan, **EVERY_STEP}, points)
     assert [record.steps for record in expected.stage_records] == [5, 4, 3]
-    assert list(went_on.values()) == [1, 4, 5, 7, 8, 9, 10, 12]
+    assert list(went_on.values()) == [1, 4, 5, 7, 9]
 
 
 def test_a_stream_goes_on_in_the_middle_of_a_pass(make, make_image_folder):
@@ -491,11 +484,10 @@ def test_a_stream_goes_on_in_the_middle_of_a_pass(make, make_image_folder):
         Stage("last block", 1, steps=5, learning_rate=3e-3, batch_norm="train"),
     ]
     options = {"plan": plan, "train": photos.to_iterable_dataset(num_shards=3), "processor": processor, **EVERY_STEP}
-    points = [("on_step_end", 2), ("on_save", 3), ("on_step_begin", 5), ("on_save", 6), ("on_stage_end", 7)]
-    points += [("on_step_end", 9), ("on_save", 12)]
+    points = [("on_step_end", 2), ("on_save", 3), ("on_step_begin", 5), ("on_stage_end", 7), ("on_step_end", 11)]
     expected, went_on = all_interruptions(make, options, points)
     assert [record.steps for record in expected.stage_records] == [7, 5]
-    assert list(went_on.values()) == [1, 3, 5, 6, 7, 8, 12]
+    assert list(went_on.values()) == [1, 3, 5, 7, 10]
 
 
 def test_a_schedule_that_follows_the_metric(make):

@@ -12,6 +12,10 @@ Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
 
 
+class NonFiniteLogitsError(DataError):
+    """Logits are NaN or infinite: the model has broken down."""
+
+
 def as_logits(logits: npt.ArrayLike) -> Floats:
     """Returns logits as a float array of shape (images, classes).
 
@@ -30,7 +34,7 @@ def as_logits(logits: npt.ArrayLike) -> Floats:
         array = array.astype(np.float64)
     broken = int((~np.isfinite(array)).any(axis=1).sum())
     if broken:
-        raise DataError(
+        raise NonFiniteLogitsError(
             f"The logits of {broken} of {len(array)} images are not finite (NaN or infinite), so no metric of them "
             "means anything. Use a lower learning rate, clip gradients, or train in bf16 or fp32 instead of fp16."
         )

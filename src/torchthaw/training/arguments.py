@@ -1,5 +1,6 @@
 """Arguments of `ThawTrainer`: those of `Trainer`, with the defaults of fine-tuning and a stage plan."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ else:
     AugmentationArgument = str | None
 
 ON_REJECT = ("continue", "stop")
+LAUNCHER_SETTINGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
 @dataclass
@@ -109,6 +111,13 @@ class ThawTrainingArguments(TrainingArguments):
                     f"{name} is {wanted!r}, but stages change what is trainable, which {name} does not allow in one "
                     "run; leave it out and use DDP (torchrun or accelerate launch), or one device: every backbone "
                     "of torchvision fits on one"
+                )
+        for name in LAUNCHER_SETTINGS:
+            # `accelerate launch` says it in the environment.
+            if os.environ.get(name, "false").lower() in ("true", "1", "yes", "on"):
+                raise PlanError(
+                    f"the environment has {name}={os.environ[name]}, but stages change what is trainable, which that "
+                    "does not allow in one run; choose multi-GPU (DDP) in `accelerate config`, or start with torchrun"
                 )
 
     def _settle_gate(self) -> None:

@@ -47,6 +47,7 @@ class Progress:
         epoch: The epoch that runs, counted over the run.
         epoch_start_step: Optimizer steps before it.
         epoch_over: Whether all steps of the epoch are done.
+        epoch_stopped: Whether the epoch was to end after the last step, whichever that was in it.
         stage_seconds: Time that earlier processes spent on this stage.
         lower_rates: Whether the stage runs again at lower rates, after a loss that was not finite.
         failures: What broke in the tries before.
@@ -73,6 +74,7 @@ class Progress:
     epoch: int = 0
     epoch_start_step: int = 0
     epoch_over: bool = False
+    epoch_stopped: bool = False
     stage_seconds: float = 0.0
     lower_rates: bool = False
     failures: list[str] = field(default_factory=list)

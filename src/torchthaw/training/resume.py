@@ -37,8 +37,7 @@ def find_checkpoint(wanted: str | bool, output_dir: Path) -> Path:
                 f"cannot resume from {folder}: {problem}; pass True to take the last whole checkpoint of {output_dir}"
             )
         return folder
-    journal = read_journal(output_dir)
-    found, passed_over = last_complete(output_dir, run_id=journal["run_id"] if journal else None)
+    found, passed_over = last_complete(output_dir, run_id=_run_in(output_dir))
     if found is None:
         reasons = "; ".join(f"{folder.name}: {problem}" for folder, problem in passed_over)
         raise PlanError(
@@ -53,8 +52,7 @@ def find_checkpoint(wanted: str | bool, output_dir: Path) -> Path:
 
 def has_checkpoint(output_dir: Path) -> bool:
     """Whether an interrupted run in this folder can be gone on with."""
-    journal = read_journal(output_dir)
-    return journal is not None and last_complete(output_dir, run_id=journal["run_id"])[0] is not None
+    return last_complete(output_dir, run_id=_run_in(output_dir))[0] is not None
 
 
 def check_same_run(identity: Mapping[str, Any], checkpoint: Path) -> None:
@@ -111,9 +109,12 @@ def write_journal(
 
 
 def read_journal(output_dir: Path) -> dict[str, Any] | None:
-    """Returns the journal of the run in a folder; None if there is none."""
-    file = output_dir / JOURNAL_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """Returns the journal of the run in a folder; None if there is none that can be read."""
+    try:
+        journal = json.loads((output_dir / JOURNAL_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return journal if isinstance(journal, dict) and isinstance(journal.get("run_id"), str) else None
 
 
 def this_runs_checkpoints(output_dir: Path, run_id: str) -> list[Path]:
@@ -124,6 +125,12 @@ def this_runs_checkpoints(output_dir: Path, run_id: str) -> list[Path]:
 def new_run_id() -> str:
     """Returns a name for a run; it takes nothing from the seeded generators."""
     return os.urandom(8).hex()
+
+
+def _run_in(output_dir: Path) -> str | None:
+    """Returns the run that is in a folder; None, which is any, if a power cut took the journal."""
+    journal = read_journal(output_dir)
+    return None if journal is None else str(journal["run_id"])
 
 
 def _listed(lines: Sequence[str]) -> str:

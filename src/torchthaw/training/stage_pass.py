@@ -146,7 +146,7 @@ class StagePassTrainer(ValidatingTrainer):
         self._random_state_at_end = None
         if not within:
             progress.epoch, progress.epoch_start_step = options["epoch"], self.state.global_step
-        elif self._stage_is_over() or done == options["num_update_steps_per_epoch"]:
+        elif self._stage_is_over() or progress.epoch_stopped or done == options["num_update_steps_per_epoch"]:
             # The checkpoint was made in the epoch's last step: only the events of its end are left.
             options["num_update_steps_per_epoch"] = done
             self._random_state_at_end = options["resume_from_checkpoint"]

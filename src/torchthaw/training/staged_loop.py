@@ -25,7 +25,7 @@ from torchthaw.stages.proof import check_unchanged, frozen_fingerprints
 from torchthaw.stages.snapshots import all_tensors, live_names, put_back, take_snapshot
 from torchthaw.training import processes
 from torchthaw.training.callbacks import StagedCallbackHandler, StageEndCallback
-from torchthaw.training.checkpoints import prune, remove_incomplete, seal
+from torchthaw.training.checkpoints import prune, remove_incomplete, seal, step_of
 from torchthaw.training.completion import stage_arguments
 from torchthaw.training.datasets import length_of, stage_view
 from torchthaw.training.gradients import NonFiniteError
@@ -124,6 +124,7 @@ class StagedTrainer(StagePassTrainer):
         # A new head is drawn by each process for itself.
         processes.share_state(self.model)
         self._state_is_ready = checkpoint is not None
+        self._last_checkpoint = None if checkpoint is None else checkpoint.resolve()
         if checkpoint is None:
             self._progress = Progress(run_id=processes.share(new_run_id()))
         else:
@@ -132,10 +133,11 @@ class StagedTrainer(StagePassTrainer):
                 remove_incomplete(self._run_folder, run_id=self._progress.run_id)
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             self._load_callback_state()
+            known = cast(dict[str, Any], self.state.stateful_callbacks)
             for callback in (*self.callback_handler.callbacks, self.control):
                 if isinstance(callback, ExportableState):
                     # Trainer cannot save the state of one that the checkpoint does not know.
-                    self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+                    known.setdefault(type(callback).__name__, callback.state())
             # Set when the checkpoint was made; the event that clears it, `on_save`, comes after.
             self.control.should_save = False
             self.state.init_training_references(self, self._max_steps(), self._max_epochs(), trial)
@@ -262,6 +264,9 @@ class StagedTrainer(StagePassTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self._run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if folder.resolve() == self._last_checkpoint:
+            # The rest of the step is done again from there; to write it anew would leave none meanwhile.
+            return
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # half-written, or of an earlier run in the same place
         processes.wait()
@@ -278,6 +283,7 @@ class StagedTrainer(StagePassTrainer):
             unlogged_loss=_mean(processes.gather(self._tr_loss.item())),
             last_logged_step=self._globalstep_last_logged,
             last_grad_norm=self._last_norm.item(),
+            epoch_stopped=self.control.should_epoch_stop,
             stage_seconds=self._progress.stage_seconds + time.monotonic() - self._stage_started,
         )
         processes.wait()
@@ -285,8 +291,11 @@ class StagedTrainer(StagePassTrainer):
             progress.save(folder, self._identity)
             seal(folder, run_id=progress.run_id)
             best = self.state.best_model_checkpoint
+            # Those of later steps were passed over when the run was resumed.
             mine = this_runs_checkpoints(self._run_folder, progress.run_id)
+            mine = [checkpoint for checkpoint in mine if step_of(checkpoint) <= self.state.global_step]
             prune(mine, limit=limit, keep=[Path(best)] if best else [])
+        self._last_checkpoint = folder.resolve()
         processes.wait()
 
 

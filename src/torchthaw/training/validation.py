@@ -9,11 +9,12 @@ import numpy as np
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from torchthaw.errors import PlanError, did_you_mean
-from torchthaw.evaluation.arrays import log_softmax
+from torchthaw.evaluation.arrays import NonFiniteLogitsError, log_softmax
 from torchthaw.stages.snapshots import take_snapshot
 from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.gate import Measured
+from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.guarded_steps import GuardedTrainer
 from torchthaw.training.progress import Outcome, Progress
 
@@ -47,7 +48,12 @@ class ValidatingTrainer(GuardedTrainer):
             return {}
         # Without SyncBatchNorm every process has statistics of its own; the first one's are what is saved.
         processes.share_buffers(self.model)
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=skip_scheduler)
+        except NonFiniteLogitsError as error:
+            if at_start:
+                raise
+            raise NonFiniteError(f"at step {self.state.global_step} the validation broke: {error}") from error
         if at_start:
             self._progress.kept = self._outcome(metrics)
         return metrics
