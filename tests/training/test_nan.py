@@ -72,7 +72,8 @@ class SpoilImages(ThawTrainer):
         if self.spoiled and self.spoiled[:2] == (self.stage.name, step):
             inputs["pixel_values"][self.spoiled[2], 1, 2, 3] = float("nan")
             self.spoiled = None
-        return super().training_step(model, inputs, *args, **kwargs)
+        self.loss = super().training_step(model, inputs, *args, **kwargs)
+        return self.loss
 
 
 class SpoilWeight(TrainerCallback):
@@ -100,7 +101,7 @@ class SpoilGradient(TrainerCallback):
             self.handle.remove()
 
 
-def run(data, folder, plan, *, callbacks=(), model=None, spoiled=None, **options):
+def run(data, folder, plan, *, callbacks=(), model=None, spoiled=None, kwargs=None, **options):
     """Makes a trainer with a recorder."""
     defaults = {"per_device_train_batch_size": 4, "gate": "best", "metric_for_best_model": "loss", "use_cpu": True}
     trainer = SpoilImages(
@@ -109,6 +110,7 @@ def run(data, folder, plan, *, callbacks=(), model=None, spoiled=None, **options
         train_dataset=[{key: value.clone() for key, value in row.items()} for row in data],
         eval_dataset=data[:6],
         callbacks=[recorder := Recorder(), *callbacks],
+        **(kwargs or {}),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.recorder, trainer.spoiled = recorder, spoiled
@@ -172,28 +174,26 @@ def test_a_later_stage_is_rolled_back_and_the_run_goes_on(tmp_path, data, step):
     assert all(map(math.isfinite, losses))
 
 
-def test_the_mean_training_loss_is_that_of_all_steps_made(tmp_path, data):
+class Losses(TrainerCallback):
+    """Keeps the loss of every step that is made."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.losses.append(self.trainer.loss.item())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 100])
+def test_the_mean_training_loss_is_that_of_all_steps_made(tmp_path, data, steps):
     trainer = run(
-        data, tmp_path, [HEAD, BLOCK, ALL], spoiled=("block", 4, [1]), logging_strategy="steps", logging_steps=2
-    )
-    losses = {}
-
-    class Losses(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            losses[state.global_step] = trainer._last_losses
-
-    trainer.compute_loss, original = None, trainer.compute_loss
-
-    def compute_loss(*args, **kwargs):
-        loss = original(*args, **kwargs)
-        trainer._last_losses = loss.item()
-        return loss
-
-    trainer.compute_loss = compute_loss
-    trainer.add_callback(Losses())
+        data, tmp_path, [HEAD, BLOCK, ALL], callbacks=[watch := Losses()], spoiled=("block", 4, [1]),
+        logging_strategy="steps", logging_steps=steps,
+    )  # fmt: skip
+    watch.trainer = trainer
     output = trainer.train()
-    assert len(losses) == trainer.state.global_step == 3 + 4 + 3
-    assert output.training_loss == pytest.approx(np.mean(list(losses.values())), rel=1e-5)
+    assert len(watch.losses) == trainer.state.global_step == 3 + 4 + 3
+    assert output.training_loss == pytest.approx(np.mean(watch.losses), rel=1e-5)
 
 
 def test_weights_that_are_not_finite_are_found_by_the_loss(tmp_path, data):
@@ -226,17 +226,30 @@ def test_of_accumulated_batches_the_broken_one_is_named(tmp_path, data):
         trainer.train()
 
 
-def test_weights_that_only_validation_finds_broken_are_not_kept(tmp_path, data):
-    """The last step of a stage has no loss after it; by its class 0 alone, such a model could even seem better."""
-    images = [{**row, "labels": torch.tensor(0)} for row in data]
-    plan = [Stage("explodes", "all", steps=1, learning_rate=1e38, warmup=0.0, schedule="constant"), ALL]
-    trainer = run(images, tmp_path, plan, metric_for_best_model="accuracy")
-    before = copied(trainer.model)
+def plain_accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
+
+
+EXPLODES = Stage("explodes", "all", steps=1, learning_rate=1e38, warmup=0.0, schedule="constant")
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_metrics": plain_accuracy}])
+def test_weights_that_only_validation_finds_broken_are_not_kept(tmp_path, data, options):
+    """No loss follows the last step of a stage; and as it takes all for class 0, such a model may even seem better."""
+    trainer = run(data, tmp_path, [EXPLODES, ALL], metric_for_best_model="accuracy", kwargs=options)
+    trainer.eval_dataset = [{**row, "labels": torch.tensor(0)} for row in data]
+    with pytest.raises(TrainingError, match="at step 1 the validation .* not finite"):
+        trainer.train()
+    assert bit_equal(copied(trainer.model), trainer.recorder.begins[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_metrics": plain_accuracy}])
+def test_nor_are_they_with_the_gate_off(tmp_path, data, options):
+    trainer = run(data, tmp_path, [HEAD, EXPLODES, ALL], gate="off", metric_for_best_model="accuracy", kwargs=options)
     trainer.train()
-    assert [record.accepted for record in trainer.stage_records] == [False, False] or is_finite(trainer.model)
-    assert not trainer.stage_records[0].accepted
-    assert "not finite" in trainer.stage_records[0].reason
-    assert bit_equal(trainer.recorder.ends[0], before)
+    assert [record.accepted for record in trainer.stage_records] == [True, False, True]
+    assert trainer.stage_records[1].ended_early.startswith(f"at step {STEPS + 1} the validation ")
+    assert bit_equal(trainer.recorder.ends[1], trainer.recorder.begins[1])
     assert is_finite(trainer.model)
 
 
@@ -249,7 +262,7 @@ def test_a_stage_may_run_once_more_at_a_tenth_of_its_rates(tmp_path, data):
         data, tmp_path, [HEAD, stage, ALL], spoiled=("block", 2, [0]), logging_strategy="steps", logging_steps=1
     )
     trainer.train()
-    head, block, _ = trainer.stage_records
+    block = trainer.stage_records[1]
     first, second = trainer.recorder.begins[1:3]
     assert bit_equal(first, second)
     assert bit_equal(first, trainer.recorder.ends[0])

@@ -46,11 +46,16 @@ class StagedCallbackHandler(CallbackHandler):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> Any:
-        if not self.has_begun:
-            self.has_begun = True
-            control = super().on_train_begin(args, state, control, **kwargs)
+        control = self.begin_run(args, state, control, **kwargs)
         self.stage_event("on_stage_begin", args, state, control, stage=self.stage)
         return control
+
+    def begin_run(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        """Fires `on_train_begin`, unless the run has begun."""
+        if self.has_begun:
+            return control
+        self.has_begun = True
+        return super().on_train_begin(args, state, control, **kwargs)
 
     def stage_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -32,9 +32,15 @@ class GuardedTrainer(Trainer):
             # Processes that reduce other gradients than each other would wait forever.
             trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
             processes.check_same_names(trainable, f"what trains in stage {self.stage.name!r}")
+        if not self._batches:
+            self._loss_before_step = self._tr_loss.clone()
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._batches.append((loss, inputs))
         return loss
+
+    def _unlogged_loss(self) -> float:
+        """Returns the sum of the training loss since it was logged, without that of a step that was not made."""
+        return (self._loss_before_step if self._batches else self._tr_loss).item()
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         return self._checked_norm(model, self.args.max_grad_norm)

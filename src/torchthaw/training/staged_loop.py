@@ -163,7 +163,10 @@ class StagedTrainer(StagePassTrainer):
                     )
                 except NonFiniteError as error:
                     failure = str(error)
+                    progress.loss_sum += self._total_loss_scalar + self._unlogged_loss()
             else:
+                # The checkpoint that the run is resumed from was the stage's last.
+                self.control = self.callback_handler.begin_run(self.args, self.state, self.control)
                 progress.loss_sum += progress.unlogged_loss
             return self._leave_stage(failure)
 
@@ -173,8 +176,9 @@ class StagedTrainer(StagePassTrainer):
         self._stage_started = time.monotonic()
         self._take_batch_size()
         self.train_dataset = stage_view(self._train_data, progress.stage_index, self.stage)
-        # Mixed precision wraps `forward` in place at every stage.
+        # Mixed precision wraps `forward` in place; unwrapped and unmarked, it gets one wrap a stage.
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        vars(self.model).pop("_is_accelerate_prepared", None)
         self._frozen: Frozen = freeze_for_stage(self.model, self.stage, self.batch_norm_policy(self.stage))
         self.optimizer = self.lr_scheduler = None
         # A wrap made for other trainable parameters would not reduce the gradients of the new ones.
@@ -238,9 +242,6 @@ class StagedTrainer(StagePassTrainer):
         return True
 
     def _finish_run(self, trial: Any, started: float) -> TrainOutput:
-        if not self.callback_handler.has_begun:
-            # Nothing was left to train when the run was resumed.
-            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         images = round(sum(r.train_images_per_second * r.seconds for r in self.stage_records))
         output = self._finalize_run(trial, images, started)
         if trial is not None and self._progress.kept is not None:

@@ -8,6 +8,7 @@ from datasets import Dataset as ImageDataset
 from datasets import IterableDataset as ImageIterable
 from torch import nn
 from torch.utils.data import Dataset
+from transformers.trainer_pt_utils import LabelSmoother
 
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.views import collate
@@ -140,6 +141,12 @@ class ThawTrainer(StagedTrainer):
         if hp_space is None and kwargs.get("backend", "optuna") == "optuna":
             hp_space = _default_space
         return super().hyperparameter_search(hp_space, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        # Trainer makes it once, before the search sets its share.
+        share = self.args.label_smoothing_factor
+        self.label_smoother = LabelSmoother(epsilon=share) if share else None
 
     def compute_loss(
         self,

@@ -54,8 +54,12 @@ class ValidatingTrainer(GuardedTrainer):
             if at_start:
                 raise
             raise NonFiniteError(f"at step {self.state.global_step} the validation broke: {error}") from error
+        outcome = self._outcome(metrics)
         if at_start:
-            self._progress.kept = self._outcome(metrics)
+            self._progress.kept = outcome
+        elif not _is_finite(outcome.measured.logits):
+            # The user's own metrics may not mind: a broken model takes every image for the first class.
+            raise NonFiniteError(f"at step {self.state.global_step} the validation gave logits that are not finite")
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -110,6 +114,10 @@ class ValidatingTrainer(GuardedTrainer):
 
     def _load_best_model(self) -> None:
         """Does nothing: after the last stage the model holds the weights that the gate has kept."""
+
+
+def _is_finite(logits: Any) -> bool:
+    return not isinstance(logits, np.ndarray) or logits.dtype.kind != "f" or bool(np.isfinite(logits).all())
 
 
 def _mean_log_loss(logits: Any, labels: Any) -> float | None:
