@@ -85,7 +85,7 @@ def samples(number=12, seed=0):
 def make(untrained, tmp_path):
     """Returns a function that makes the trainer of a run in a folder, `run` by default."""
 
-    def new_trainer(callbacks=(), *, folder="run", train=None, processor=None, **options):
+    def new_trainer(callbacks=(), *, folder="run", train=None, eval_dataset=None, processor=None, **options):
         defaults = {
             "plan": PLAN, "per_device_train_batch_size": 4, "metric_for_best_model": "loss", "save_total_limit": None,
             "use_cpu": True, "disable_tqdm": True, "report_to": "none",
@@ -94,7 +94,7 @@ def make(untrained, tmp_path):
             model=copy.deepcopy(untrained),
             args=ThawTrainingArguments(output_dir=str(tmp_path / folder), **{**defaults, **options}),
             train_dataset=samples() if train is None else train,
-            eval_dataset=samples(9, seed=1),
+            eval_dataset=eval_dataset or samples(9, seed=1),
             processing_class=processor,
             callbacks=list(callbacks),
         )
@@ -499,6 +499,40 @@ def test_a_schedule_that_follows_the_metric(make):
     expected, _ = all_interruptions(make, {"plan": plan}, [("on_step_end", 7), ("on_step_end", 13)])
     rates = [line["learning_rate"] for line in expected.state.log_history if "learning_rate" in line]
     assert len(set(rates)) > 2
+
+
+def test_a_run_without_validation(make):
+    options = {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None}
+    expected, _ = all_interruptions(make, options, [("on_step_end", 5), ("on_stage_end", 9)])
+    assert [record.best_metric for record in expected.stage_records] == [None, None]
+
+
+def test_checkpoints_of_the_best_weights_only(make):
+    plan = [PLAN[0], Stage("wild", 1, epochs=3, learning_rate=1.0)]
+    options = {"plan": plan, "save_strategy": "best"}
+    _, went_on = all_interruptions(make, options, [("on_step_end", 8), ("on_train_end", 12)])
+    assert went_on["on_step_end", 8] in (3, 6)
+
+
+def test_several_validation_sets(make):
+    """What was validated is known by its set's name, also where nothing is validated after the run was resumed."""
+    sets = {"first": samples(9, seed=1), "second": samples(9, seed=2)}
+    options = {"eval_dataset": sets, "metric_for_best_model": "second_accuracy"}
+    points = [("on_step_end", 5), ("on_save", 9), ("on_stage_end", 9)]
+    expected, went_on = all_interruptions(make, options, points)
+    assert list(went_on.values()) == [3, 9, 9]
+    assert [record.comparison["metric"] for record in expected.stage_records] == ["accuracy", "accuracy"]
+
+
+def test_the_same_trainer_goes_on(make):
+    """As in a notebook, where a cell is interrupted."""
+    expected = make(folder="expected")
+    expected.train()
+    trainer = make()
+    interrupt(trainer, "on_step_end", 8)
+    trainer.remove_callback(Interrupt)
+    assert resume(trainer) == 6
+    assert_same(trainer, expected)
 
 
 def test_the_journal_tells_how_far_a_run_came(make, tmp_path):

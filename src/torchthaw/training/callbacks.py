@@ -38,10 +38,11 @@ class StageCallback(TrainerCallback):
 
 
 class StagedCallbackHandler(CallbackHandler):
-    """Fires `on_train_begin` once a run, though every stage passes through the Trainer's loop from its start."""
+    """Makes the stages look like one run: `on_train_begin` fires once, and the epoch is told once a step."""
 
     has_begun = False
     stage: Stage | None = None
+    _last_logged_step = -1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,6 +57,15 @@ class StagedCallbackHandler(CallbackHandler):
             return control
         self.has_begun = True
         return super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """Tells the epoch once a step: validation lines come at the step of a training line."""
+        if self._last_logged_step == state.global_step:
+            logs = {key: value for key, value in logs.items() if key != "epoch"}
+        self._last_logged_step = state.global_step
+        return super().on_log(args, state, control, logs, **kwargs)
 
     def stage_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

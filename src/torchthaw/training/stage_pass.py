@@ -233,11 +233,11 @@ class StagePassTrainer(ValidatingTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs as `Trainer` does, with the stage's number and the learning rate of every layer group."""
-        if self.stage is not None:
-            logs["stage"] = self._progress.stage_index
-            if "loss" in logs:
-                logs.update(self._progress.last_rates)
+        if self.stage is not None and "loss" in logs:
+            # Once a step, so that reporters get rising steps; validation lines come at the same ones.
+            logs.update({"stage": self._progress.stage_index, **self._progress.last_rates})
         super().log(logs, *args, **kwargs)
         if self.stage is not None:
-            # A name is not a number, so reporters such as TensorBoard only get the stage's index.
-            cast(dict[str, Any], self.state.log_history[-1])["stage_name"] = self.stage.name
+            # A name is not a number, so that reporters such as TensorBoard only get the stage's index.
+            line = cast(dict[str, Any], self.state.log_history[-1])
+            line.update({"stage": self._progress.stage_index, "stage_name": self.stage.name})

@@ -1,5 +1,6 @@
 """`ThawTrainer`: the Hugging Face Trainer for staged fine-tuning of torchvision classifiers."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,9 +13,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.views import collate
-from torchthaw.errors import PlanError
+from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.evaluation.metrics import compute_metrics as classification_compute_metrics
 from torchthaw.stages.plan import StagePlan
+from torchthaw.stages.presets import make_plan
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.completion import check_data, complete_arguments
 from torchthaw.training.datasets import as_view, length_of, stage_view
@@ -100,7 +102,8 @@ class ThawTrainer(StagedTrainer):
         # `model_init` makes its model only here.
         complete_arguments(args, self.model)
         self._check_gate()
-        self.train_dataset = self._train_data = self._as_view(self.train_dataset, train=True)
+        self._given_data = self.train_dataset
+        self.train_dataset = self._train_data = self._as_view(self._given_data, train=True)
         for index, stage in enumerate(self.plan.stages):
             stage_view(self._train_data, index, stage)
         if isinstance(self.eval_dataset, dict):
@@ -137,16 +140,35 @@ class ThawTrainer(StagedTrainer):
             hp_space: Takes a trial and returns values of arguments, such as `learning_rate` (the head's, with which
                 all rates that the plan leaves open move). None tries the rate, weight decay and label smoothing.
             **kwargs: What `Trainer.hyperparameter_search` takes.
+
+        Raises:
+            PlanError: the space has a key that is no argument, or that has no effect with a plan.
         """
         if hp_space is None and kwargs.get("backend", "optuna") == "optuna":
             hp_space = _default_space
-        return super().hyperparameter_search(hp_space, **kwargs)
+        space = hp_space if hp_space is None else lambda trial: self._checked_values(hp_space(trial))
+        return super().hyperparameter_search(space, **kwargs)
+
+    def _checked_values(self, values: dict[str, Any]) -> dict[str, Any]:
+        for key in values:
+            if key in ("num_train_epochs", "max_steps"):
+                raise PlanError(f"the search space has {key}, but the plan gives the length; let it choose the plan")
+            if not hasattr(self.args, key):
+                known = [field.name for field in dataclasses.fields(self.args)]
+                raise PlanError(
+                    f"the search space has {key!r}, which is no argument of training.{did_you_mean(key, known)}"
+                )
+        return values if "plan" not in values else {**values, "plan": make_plan(values["plan"]).to_dict()}
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
-        # Trainer makes it once, before the search sets its share.
+        if trial is None:
+            return
+        # Made in the beginning, before the search has set what they depend on.
         share = self.args.label_smoothing_factor
-        self.label_smoother = LabelSmoother(epsilon=share) if share else None
+        several_labels = self.model.config.problem_type == "multi_label_classification"
+        self.label_smoother = LabelSmoother(epsilon=share) if share and not several_labels else None
+        self.train_dataset = self._train_data = self._as_view(self._given_data, train=True)
 
     def compute_loss(
         self,
