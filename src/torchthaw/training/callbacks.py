@@ -58,7 +58,7 @@ class StagedCallbackHandler(CallbackHandler):
         self.has_begun = True
         return super().on_train_begin(args, state, control, **kwargs)
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # as CallbackHandler has it
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> Any:
         """Tells the epoch once a step: validation lines come at the step of a training line."""

@@ -123,6 +123,8 @@ class StagedTrainer(StagePassTrainer):
         check_same_everywhere(self._identity)
         # A new head is drawn by each process for itself.
         processes.share_state(self.model)
+        # A run that was interrupted in this process leaves what it did since its last checkpoint.
+        self.current_flos = 0
         self._state_is_ready = checkpoint is not None
         self._last_checkpoint = None if checkpoint is None else checkpoint.resolve()
         if checkpoint is None:
