@@ -104,6 +104,12 @@ class ThawTrainingArguments(TrainingArguments):
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
 
+    @property
+    def device(self) -> torch.device:
+        """The device, without a number if it is the CPU: torch 2.8 cannot load a checkpoint's tensors to `cpu:0`."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def _check_engine(self) -> None:
         for name, wanted in (("fsdp", self.fsdp), ("deepspeed", self.deepspeed)):
             if wanted:

@@ -5,7 +5,9 @@ Every function but `is_distributed` and `is_main` must be called by all processe
 
 import os
 import pickle
-from collections.abc import Callable, Collection, Iterable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,7 +27,21 @@ _NAMED = 5
 def join() -> None:
     """Meets the other processes, if `torchrun` or `accelerate launch` started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState()
+        with _stdout_kept_free():
+            PartialState()
+
+
+@contextmanager
+def _stdout_kept_free() -> Iterator[None]:
+    """Sends what is printed to stdout to stderr, below Python too: gloo of torch 2.8 tells there who has connected."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def is_distributed() -> bool:
