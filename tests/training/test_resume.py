@@ -190,11 +190,18 @@ def test_a_named_checkpoint_is_taken(make, tmp_path):
         trainer = make()
         assert resume(trainer, named) == step
         assert_same(trainer, expected)
-    # A copy elsewhere does as well.
+
+
+def test_a_checkpoint_elsewhere_is_taken(make, tmp_path):
+    """It was made in an epoch's last step, so that the first thing that comes is the epoch's end."""
+    expected = make(folder="expected", **EVERY_STEP)
+    expected.train()
+    interrupt(make(**EVERY_STEP), "on_save", 6)
     shutil.copytree(tmp_path / "run" / "checkpoint-6", tmp_path / "copies" / "checkpoint-6")
-    trainer = make(folder="elsewhere")
+    trainer = make(folder="elsewhere", **EVERY_STEP)
     assert resume(trainer, str(tmp_path / "copies" / "checkpoint-6")) == 6
     assert_same(trainer, expected)
+    assert checkpoints(tmp_path / "elsewhere") == [7, 8, 9]
 
 
 def test_what_is_no_checkpoint_is_refused(make, tmp_path):
@@ -514,7 +521,6 @@ def test_checkpoints_of_the_best_weights_only(make):
     assert went_on["on_step_end", 8] in (3, 6)
 
 
-@pytest.mark.xfail(strict=True, reason="the metric's name is not known where nothing was validated in this process")
 def test_several_validation_sets(make):
     """What was validated is known by its set's name, also where nothing is validated after the run was resumed."""
     sets = {"first": samples(9, seed=1), "second": samples(9, seed=2)}

@@ -1,11 +1,14 @@
 """What a stage says of its own - optimizer, schedule, clipping, batch and image size - holds in it, and only there."""
 
+import contextlib
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import StochasticDepth
 from transformers import TrainerCallback
 
 from torchthaw import (
@@ -16,7 +19,10 @@ from torchthaw import (
     TorchvisionImageProcessor,
     load_image_dataset,
 )
+from torchthaw.data.augmentation import make_augmentation
+from torchthaw.data.views import ImageView
 from torchthaw.errors import PlanError
+from torchthaw.stages.proof import digest
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 
@@ -57,20 +63,25 @@ class Settings(TrainerCallback):
         return [step for step in self.steps if step["stage"] == stage]
 
 
-def run(tmp_path, images, plan, callbacks=(), **options):
+def new_trainer(tmp_path, images, plan, *, callbacks=(), model=None, kind=ThawTrainer, **options):
     torch.manual_seed(0)
-    watcher = Settings()
     defaults = {"per_device_train_batch_size": 6, "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
-    trainer = ThawTrainer(
-        model=TorchvisionForImageClassification.from_torchvision(
+    return kind(
+        model=model
+        or TorchvisionForImageClassification.from_torchvision(
             ARCHITECTURE, weights="builtin", id2label=["green", "red"]
         ),
         args=ThawTrainingArguments(output_dir=str(tmp_path / "out"), plan=plan, **{**defaults, **options}),
         train_dataset=images["train"],
         eval_dataset=images["validation"],
         processing_class=TorchvisionImageProcessor.from_torchvision(ARCHITECTURE, weights="builtin", image_size=32),
-        callbacks=[watcher, *callbacks],
+        callbacks=list(callbacks),
     )
+
+
+def run(tmp_path, images, plan, callbacks=(), **options):
+    watcher = Settings()
+    trainer = new_trainer(tmp_path, images, plan, callbacks=[watcher, *callbacks], **options)
     trainer.train()
     return trainer, watcher
 
@@ -216,3 +227,109 @@ def test_a_backbone_of_one_image_size_refuses_another(tmp_path, images):
     )
     with pytest.raises(PlanError, match="image_size 160, but vit_b_16 takes images of one size only"):
         ThawTrainer(model=model, args=arguments, train_dataset=images["train"], eval_dataset=images["validation"])
+
+
+def test_weight_decay_of_a_stage_is_its_own_and_norms_have_none(tmp_path, images):
+    class Decays(TrainerCallback):
+        def __init__(self):
+            self.found = {}
+
+        def on_stage_begin(self, args, state, control, stage=None, **kwargs):
+            groups = self.trainer.create_optimizer().param_groups
+            self.found[stage.name] = {group["name"]: group["weight_decay"] for group in groups}
+
+    decays = Decays()
+    plan = [
+        Stage("own", 1, epochs=1, learning_rate=1e-3, batch_norm="train", weight_decay=0.3),
+        Stage("usual", 1, epochs=1, learning_rate=1e-3, batch_norm="train"),
+        Stage("none", 1, epochs=1, learning_rate=1e-3, batch_norm="train", weight_decay=0.0, optimizer="sgd"),
+    ]
+    decays.trainer = new_trainer(tmp_path, images, plan, callbacks=[decays], weight_decay=0.05)
+    decays.trainer.train()
+    for name, decay in (("own", 0.3), ("usual", 0.05), ("none", 0.0)):
+        assert decays.found[name] == {
+            "stage4/decay": decay, "stage4/no_decay": 0.0, "head/decay": decay, "head/no_decay": 0.0
+        }  # fmt: skip
+
+
+def test_augmentation_of_a_stage_is_its_own(tmp_path, images):
+    class Watched(ThawTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.seen.setdefault(self.stage.name, []).extend(digest(pixels) for pixels in inputs["pixel_values"])
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    own = {"horizontal_flip": 0.0, "color_jitter": 0.3}
+    plan = [
+        Stage("usual", "head", epochs=1, learning_rate=1e-3),
+        Stage("plain", "head", epochs=1, learning_rate=1e-3, augmentation="none"),
+        Stage("own", "head", epochs=2, learning_rate=1e-3, augmentation=own),
+        Stage("usual again", "head", epochs=1, learning_rate=1e-3),
+    ]
+    trainer = new_trainer(tmp_path, images, plan, kind=Watched, augmentation="light", seed=7)
+    trainer.seen = {}
+    trainer.train()
+
+    def views(stage, epochs, augmentation):
+        view = ImageView(images["train"], trainer.processing_class, augmentation, seed=7, stage=stage)
+        found = []
+        for epoch in epochs:
+            view.set_epoch(epoch)
+            found += [digest(view[row]["pixel_values"]) for row in range(len(view))]
+        return sorted(found)
+
+    light = make_augmentation("light")
+    assert {name: sorted(digests) for name, digests in trainer.seen.items()} == {
+        "usual": views(0, [0], light),
+        "plain": views(1, [1], None),
+        "own": views(2, [2, 3], make_augmentation(own)),
+        "usual again": views(3, [4], light),
+    }
+    assert len(set().union(*trainer.seen.values())) == 5 * len(images["train"])
+
+
+def test_dropout_of_frozen_groups_is_active_only_where_a_stage_asks_for_it(tmp_path, images):
+    """With `frozen_dropout`, only BatchNorm keeps still in frozen groups."""
+    seen = {}
+
+    class Modes(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            frozen = model.backbone.features
+            modes = {
+                type(module).__name__: module.training
+                for module in frozen.modules()
+                if isinstance(module, StochasticDepth | torch.nn.BatchNorm2d)
+            }
+            seen.setdefault(state.stage_name, []).append(modes)
+
+    torch.manual_seed(0)
+    model = TorchvisionForImageClassification.from_torchvision("efficientnet_b0", None, id2label=["green", "red"])
+    plan = [
+        Stage("still", "head", steps=1, learning_rate=1e-3),
+        Stage("noisy", "head", steps=1, learning_rate=1e-3, frozen_dropout=True),
+        Stage("still again", "head", steps=1, learning_rate=1e-3),
+    ]
+    new_trainer(tmp_path, images, plan, callbacks=[Modes()], model=model).train()
+    still, noisy = ({"BatchNorm2d": False, "StochasticDepth": active} for active in (False, True))
+    assert seen == {"still": [still], "noisy": [noisy], "still again": [still]}
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_settings_of_stages_do_not_stay_in_the_arguments(tmp_path, images, interrupted):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            assert (args.per_device_train_batch_size, args.max_grad_norm) == (3, 0.1)
+            if interrupted and state.global_step == 2:
+                raise KeyboardInterrupt
+
+    stage = Stage(
+        "own", "head", epochs=1, learning_rate=1e-3, batch_size=3, max_grad_norm=0.1, weight_decay=0.3, image_size=16,
+        augmentation="none", optimizer="sgd", optimizer_args={"momentum": 0.5}, schedule="linear",
+    )  # fmt: skip
+    trainer = new_trainer(tmp_path, images, [stage], callbacks=[Interrupt()], max_grad_norm=2.0)
+    before, data = copy.deepcopy(trainer.args.to_dict()), trainer.train_dataset
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        trainer.train()
+    assert trainer.args.to_dict() == before
+    assert trainer.train_dataset is data
+    assert trainer.get_train_dataloader().total_batch_size == 6
+    assert trainer.stage is None

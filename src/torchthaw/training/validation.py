@@ -101,8 +101,9 @@ class ValidatingTrainer(GuardedTrainer):
     def _metric_name(self) -> str:
         """Returns the selection metric without the name of the validation set."""
         key = self._metric_key()
-        prefixes = [prefix for prefix in self._validated if key.startswith(f"{prefix}_")]
-        return key.removeprefix(f"{max(prefixes, key=len, default='eval')}_")
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else ()
+        prefixes = [prefix for prefix in ("eval", *(f"eval_{name}" for name in sets)) if key.startswith(f"{prefix}_")]
+        return key.removeprefix(f"{max(prefixes, key=len)}_")
 
     def _name_best(self) -> None:
         """Lets the state name the weights that the run stands at, which may not be those of the best epoch."""
