@@ -34,7 +34,7 @@ def main() -> None:
         app()
     except ThawError as error:
         print(f"torchthaw: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

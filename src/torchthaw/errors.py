@@ -5,7 +5,13 @@ from collections.abc import Iterable
 
 
 class ThawError(ValueError):
-    """Something the user passed cannot work; the message says what it was, why, and what to write instead."""
+    """Something the user passed cannot work; the message says what it was, why, and what to write instead.
+
+    Attributes:
+        exit_code: What the command line ends with.
+    """
+
+    exit_code = 2
 
 
 class RecipeError(ThawError):
@@ -26,6 +32,16 @@ class PlanError(ThawError):
 
 class TrainingError(ThawError):
     """Training ran into a state from which it must not go on, such as a loss that is not finite."""
+
+
+class SharingError(ThawError):
+    """A saved model cannot be described, exported, averaged or pushed as asked."""
+
+
+class HubError(SharingError):
+    """The Hub could not be reached or refused; nothing local was lost."""
+
+    exit_code = 1
 
 
 def did_you_mean(word: object, candidates: Iterable[object], *, number: int = 3) -> str:
