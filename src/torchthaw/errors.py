@@ -38,6 +38,12 @@ class SharingError(ThawError):
     """A saved model cannot be described, exported, averaged or pushed as asked."""
 
 
+class SavedModelError(SharingError):
+    """What was saved does not give what was measured."""
+
+    exit_code = 1
+
+
 class HubError(SharingError):
     """The Hub could not be reached or refused; nothing local was lost."""
 

@@ -66,6 +66,19 @@ def test_files_of_each_form(net: nn.Module, tmp_path: Path, form: str):
     assert_same_logits(load(SMALL, str(file)), net)
 
 
+def test_the_configuration_remembers_the_weights_but_no_folder_of_this_machine(weights_file: Path, tmp_path: Path):
+    assert load(SMALL, None).config.pretrained_weights is None
+    assert load(SMALL, "builtin").config.pretrained_weights == "builtin"
+    model = load(SMALL, weights_file, id2label=["a", "b"])
+    assert model.config.pretrained_weights == "weights.pth"
+    model.save_pretrained(tmp_path / "saved")
+    assert (
+        TorchvisionForImageClassification.from_pretrained(tmp_path / "saved").config.pretrained_weights == "weights.pth"
+    )
+    assert load(SMALL, tmp_path / "saved", id2label=["c", "d"]).config.pretrained_weights == "saved"
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
+
+
 def test_head_of_a_file_is_kept_or_replaced(net: nn.Module, weights_file: Path):
     named = load(SMALL, weights_file, id2label=["a", "b", "c", "d"])
     assert named.config.label2id == {"a": 0, "b": 1, "c": 2, "d": 3}

@@ -26,13 +26,13 @@ DEVICES = [
 ]
 
 
-class HalfPrecisionOnCpu(ThawTrainer):
+class HalfPrecision(ThawTrainer):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         if self.args.use_cpu:
             self.accelerator.native_amp = True
             self.accelerator.state._mixed_precision = "fp16"
-            self.accelerator.scaler = torch.amp.GradScaler("cpu", **SCALER)
+        self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type, **SCALER)
 
 
 class Scales(StageCallback):
@@ -79,7 +79,7 @@ def samples(number, seed):
 
 def make(untrained, folder, device, callback, **options):
     half = {"use_cpu": True} if device == "cpu" else {"fp16": True}
-    trainer = HalfPrecisionOnCpu(
+    trainer = HalfPrecision(
         model=copy.deepcopy(untrained),
         args=ThawTrainingArguments(
             output_dir=str(folder), plan=PLAN, per_device_train_batch_size=4, metric_for_best_model="loss",
@@ -113,10 +113,9 @@ def test_scale_lives_over_stages_and_an_overflow_skips_one_step(untrained, tmp_p
     assert not torch.equal(notes.weights[6], notes.weights[7])
     assert [record.name for record in trainer.stage_records] == ["head", "last block", "all"]
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
-    if device == "cpu":
-        # Doubled after each three good steps, whatever stage they are in.
-        factors = [1, 1, 2, 2, 1, 1, 1, 2, 2, 2, 4, 4]
-        assert scales == [factor * SCALER["init_scale"] for factor in factors]
+    # Doubled after each three good steps, whatever stage they are in.
+    factors = [1, 1, 2, 2, 1, 1, 1, 2, 2, 2, 4, 4]
+    assert scales == [factor * SCALER["init_scale"] for factor in factors]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,6 +7,13 @@ from transformers import PreTrainedConfig
 
 from .anatomy import check_image_size, family_of
 
+# Where a saved folder has the code that loads it where torchthaw is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration.TorchvisionConfig",
+    "AutoModel": "modeling.TorchvisionModel",
+    "AutoModelForImageClassification": "modeling.TorchvisionForImageClassification",
+}
+
 
 class TorchvisionConfig(PreTrainedConfig):
     """Which torchvision network a model wraps, and what its classes are called.
@@ -21,6 +28,7 @@ class TorchvisionConfig(PreTrainedConfig):
         aux_logits: Whether GoogLeNet and Inception v3 get their auxiliary heads, which add to the training loss.
         transform_input: Whether GoogLeNet and Inception v3 convert images normalised with ImageNet's mean and
             standard deviation to the scale [-1, 1] that their published weights were trained with.
+        pretrained_weights: What the network was initialised with before it was trained, for the record only.
         id2label: Class names in the order of the logits, as a sequence or as a mapping from 0, 1, 2 ... to names.
         num_labels: Number of classes, which then are called `class_0`, `class_1` ...; needs no `id2label`.
             Without both there are 1000 classes, as torchvision builds it.
@@ -32,6 +40,8 @@ class TorchvisionConfig(PreTrainedConfig):
     """
 
     model_type = "torchthaw"
+    # Makes `save_pretrained` copy this file, and those that it imports, beside the configuration.
+    _auto_class = "AutoConfig"
 
     architecture: str = "resnet50"
     image_size: int | None = None
@@ -39,6 +49,7 @@ class TorchvisionConfig(PreTrainedConfig):
     stochastic_depth: float | None = None
     aux_logits: bool = False
     transform_input: bool = False
+    pretrained_weights: str | None = None
 
     def __init__(
         self,
@@ -48,6 +59,7 @@ class TorchvisionConfig(PreTrainedConfig):
         stochastic_depth: float | None = None,
         aux_logits: bool = False,
         transform_input: bool = False,
+        pretrained_weights: str | None = None,
         id2label: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
         num_labels: int | None = None,
         **kwargs: Any,
@@ -73,6 +85,8 @@ class TorchvisionConfig(PreTrainedConfig):
                 "problem_type='multi_label_classification' for images with several labels."
             )
         kwargs.pop("label2id", None)
+        # One from the Hub names the repository that it came from; what is saved next has its own code.
+        kwargs.pop("auto_map", None)
         names = (
             _default_names(1000 if num_labels is None else num_labels) if id2label is None else names_by_id(id2label)
         )
@@ -81,12 +95,14 @@ class TorchvisionConfig(PreTrainedConfig):
                 f"num_labels is {num_labels}, but id2label names {len(names)} classes. Leave num_labels out."
             )
         super().__init__(id2label=names, **kwargs)
+        self.auto_map = dict(AUTO_MAP)
         self.architecture = architecture
         self.image_size = image_size
         self.dropout = dropout
         self.stochastic_depth = stochastic_depth
         self.aux_logits = aux_logits
         self.transform_input = transform_input
+        self.pretrained_weights = pretrained_weights
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key == "id2label":

@@ -53,6 +53,8 @@ class TorchvisionImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
+    # Makes `save_pretrained` copy this file, and those that it imports, beside the settings.
+    _auto_class = "AutoImageProcessor"
     _settings = (
         "do_resize",
         "size",

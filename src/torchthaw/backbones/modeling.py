@@ -112,6 +112,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
             **options,
             image_size=pretrained.image_size,
             transform_input=pretrained.transform_input,
+            pretrained_weights=pretrained.origin,
             id2label=pretrained.categories,
             num_labels=pretrained.num_labels,
         )
@@ -311,6 +312,8 @@ class TorchvisionModel(TorchvisionPreTrainedModel):
     Loads from the checkpoint of a classifier. Auxiliary heads are never built.
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: TorchvisionConfig) -> None:
         super().__init__(config)
         family = family_of(config.architecture)
@@ -361,6 +364,9 @@ class TorchvisionModel(TorchvisionPreTrainedModel):
 
 class TorchvisionForImageClassification(TorchvisionPreTrainedModel):
     """A torchvision classifier: the network that torchvision builds, with a loss."""
+
+    # Makes `save_pretrained` copy this file, and those that it imports, beside the weights.
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: TorchvisionConfig) -> None:
         super().__init__(config)

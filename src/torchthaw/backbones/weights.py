@@ -40,7 +40,8 @@ class PretrainedWeights:
         state_dict: Tensors under torchvision's names.
         categories: Class names in the order of the logits, if known.
         transform_input: Whether GoogLeNet or Inception v3 must rescale its input for these weights.
-        description: Where they come from, for messages and reports.
+        description: Where they come from, for messages.
+        origin: Name of the weights, file, folder or repository, for the record that travels with a model.
         image_size: Side of the images in pixels that the weights were saved or published with, if known.
     """
 
@@ -49,6 +50,7 @@ class PretrainedWeights:
     categories: tuple[str, ...] | None
     transform_input: bool
     description: str
+    origin: str
     image_size: int | None = None
 
     @property
@@ -182,6 +184,7 @@ def _from_enum(architecture: str, member: WeightsEnum) -> PretrainedWeights:
         categories=tuple(member.meta["categories"]),
         transform_input=bool(family_of(architecture).auxiliary),
         description=f"torchvision's {member}",
+        origin=str(member),
     )
 
 
@@ -244,6 +247,7 @@ def _from_saved(architecture: str, source: str | Path) -> PretrainedWeights:
         categories=tuple(names_by_id(config.id2label).values()),
         transform_input=config.transform_input,
         description=description,
+        origin=source.name if isinstance(source, Path) else source,
         image_size=config.image_size,
     )
 
@@ -262,6 +266,8 @@ def _from_file(architecture: str, path: Path) -> PretrainedWeights:
         categories=None,
         transform_input=bool(family_of(architecture).auxiliary),
         description=f"the file {path}",
+        # The folders above are of this machine only.
+        origin=path.name,
     )
 
 

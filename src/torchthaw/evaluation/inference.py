@@ -1,13 +1,14 @@
 """Logits of a model on images: the one path by which saved models are evaluated and used."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from torchthaw.data.views import ImageView, collate
+from torchthaw.data.views import collate
 
 
 def best_device() -> torch.device:
@@ -17,36 +18,56 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-@torch.inference_mode()
 def predict_logits(
     model: nn.Module,
-    view: ImageView,
+    view: Dataset[Any],
     *,
     batch_size: int = 32,
     num_workers: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
+    """Computes the logits of every image; see `predict_split`.
+
+    Returns:
+        Float32 array of shape (images, classes).
+    """
+    return predict_split(model, view, batch_size=batch_size, num_workers=num_workers, on_progress=on_progress)[0]
+
+
+@torch.inference_mode()
+def predict_split(
+    model: nn.Module,
+    view: Dataset[Any],
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+    collate_fn: Callable[[list[Any]], dict[str, Any]] = collate,
+) -> tuple[np.ndarray, np.ndarray]:
     """Computes the logits of every image of an evaluation view, in order.
 
     Args:
         model: A classification model; it is used where it is, in eval mode, and left in the mode it came in.
-        view: Images without augmentation.
+        view: Gives `pixel_values` and `labels`: images without augmentation.
         batch_size: Images at once.
         num_workers: Processes that decode images besides the main one.
         on_progress: Called with the number of images done after each batch.
+        collate_fn: Makes a batch of samples.
 
     Returns:
-        Float32 array of shape (images, classes).
+        Float32 logits of shape (images, classes), and labels of shape (images,).
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     logits: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
     done = 0
-    for batch in DataLoader(view, batch_size=batch_size, num_workers=num_workers, collate_fn=collate):
+    for batch in DataLoader(view, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn):
         logits.append(model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu())
+        labels.append(torch.as_tensor(batch["labels"]).cpu())
         done += len(logits[-1])
         if on_progress is not None:
             on_progress(done)
     model.train(was_training)
-    return torch.cat(logits).numpy()
+    return torch.cat(logits).numpy(), torch.cat(labels).numpy()

@@ -21,10 +21,10 @@ from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.completion import check_data, complete_arguments
 from torchthaw.training.datasets import as_view, length_of, stage_view
 from torchthaw.training.gate import supports_test
-from torchthaw.training.staged_loop import StagedTrainer
+from torchthaw.training.reporting import ReportingTrainer
 
 
-class ThawTrainer(StagedTrainer):
+class ThawTrainer(ReportingTrainer):
     """Trains a torchthaw model stage by stage; everything else is `Trainer`.
 
     Defaults that differ from `Trainer`: data sets with an image and a label column (as `load_image_dataset` gives

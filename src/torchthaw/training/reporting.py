@@ -1,0 +1,201 @@
+"""The trainer's reports: a folder with the model, its figures, plots and card."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchthaw.data.views import ImageView
+from torchthaw.sharing.card import write_card
+from torchthaw.training import processes
+from torchthaw.training.datasets import as_view
+from torchthaw.training.results import (
+    RESULTS_FILE,
+    ProgressBars,
+    describe_environment,
+    describe_model,
+    draw_training,
+    measure_views,
+    no_progress,
+    prove_saved,
+    read_results,
+    write_results,
+)
+from torchthaw.training.staged_loop import StagedTrainer
+
+
+class ReportingTrainer(StagedTrainer):
+    """Measures the weights that a run ends with, and writes what is to be known of them beside them."""
+
+    def save_run(
+        self,
+        folder: str | Path | None = None,
+        *,
+        test_dataset: Any = None,
+        facts: Mapping[str, Any] | None = None,
+        prove: bool = True,
+        progress: ProgressBars = no_progress,
+        started: float | None = None,
+    ) -> dict[str, Any]:
+        """Saves the model, measures what was saved, and writes it down: what `torchthaw train` leaves in its folder.
+
+        The model and its image processor with the code to load them anywhere, `results.json`, `predictions/`,
+        `plots/` and the model card, `README.md`. A new process without torchthaw loads the folder and must give the
+        same logits. In a distributed run, all processes call this, and the first one works.
+
+        Args:
+            folder: Where to; None for the run's `output_dir`.
+            test_dataset: Test images. They are read this once; leave them out until everything is chosen.
+            facts: Further entries of `results.json`, such as `data`, `command` or `card` (see `CardOptions`).
+            prove: Whether to load the folder in a new process.
+            progress: Shows a bar: a function of a text and a number of images.
+            started: When the work began, by `time.monotonic()`, for `seconds_total`; None counts the stages only.
+
+        Returns:
+            The content of `results.json`.
+
+        Raises:
+            SavedModelError: the folder gives something else than what was measured.
+        """
+        target = Path(folder or str(self.args.output_dir))
+        test = as_view(test_dataset, self.model, self.processing_class, self.args, train=False)
+        return processes.on_main(lambda: self._save_run(target, test, facts or {}, prove, progress, started))
+
+    def _save_run(
+        self,
+        folder: Path,
+        test: Any = None,
+        facts: Mapping[str, Any] | None = None,
+        prove: bool = True,
+        progress: ProgressBars = no_progress,
+        started: float | None = None,
+    ) -> dict[str, Any]:
+        earlier_reads = (read_results(folder) or {}).get("test_reads", 0)
+        # A folder with results is a complete one, so they go first and come back last.
+        (folder / RESULTS_FILE).unlink(missing_ok=True)
+        self.model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        results = self._measure(folder, test, facts or {}, progress)
+        results["test_reads"] += earlier_reads
+        if prove:
+            proof = prove_saved(folder, self.model, self._validation_view())
+            results |= {} if proof is None else {"saved_folder": proof}
+        if started is not None:
+            results["seconds_total"] = round(time.monotonic() - started, 3)
+        results |= describe_environment()
+        draw_training(self.state.log_history, self.stage_records, folder)
+        write_results(folder, results)
+        write_card(folder)
+        return results
+
+    def _measure(self, folder: Path, test: Any, facts: Mapping[str, Any], progress: ProgressBars) -> dict[str, Any]:
+        """Measures the weights of the model, and collects what else `results.json` holds but the environment."""
+        views = {"train": self._train_data, "validation": self._validation_view(), "test": test}
+        views = {split: view for split, view in views.items() if view is not None}
+        several_labels = self.model.config.problem_type == "multi_label_classification"
+        measured = {} if several_labels else {split: view for split, view in views.items() if split != "train"}
+        figures = measure_views(
+            self.model,
+            measured,
+            folder,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            seed=self.args.seed,
+            collate_fn=self.data_collator,
+            progress=progress,
+        )
+        counts = {split: _counts(view) for split, view in views.items() if isinstance(view, ImageView)}
+        sizes = {split: len(view) for split, view in views.items() if hasattr(view, "__len__")}
+        given = dict(facts)
+        data = {"splits": {split: {"counts": count} for split, count in counts.items()}, **given.pop("data", {})}
+        for split, described in data.pop("origins", {}).items():
+            data["splits"].setdefault(split, {}).update(described)
+        records = self.stage_records
+        return {
+            "backbone": self.model.config.architecture,
+            "weights": self.model.config.pretrained_weights,
+            "seed": self.args.seed,
+            "metric": self._metric_name(),
+            "model": describe_model(folder, self.model, self.plan.name),
+            "data": data,
+            "num_images": sizes,
+            "classes": self.model.config.class_names,
+            **figures,
+            "test_reads": int("test" in figures),
+            "gate": {"gate": self.args.gate, "min_gain": self.args.min_gain, "on_reject": self.args.on_reject},
+            "stages": [record.to_dict() for record in records],
+            "seconds_total": round(sum(record.seconds for record in records), 3),
+            **given,
+        }
+
+    def _validation_view(self) -> Any:
+        """Returns the validation images; of several sets the one that the best weights are chosen by."""
+        if not isinstance(self.eval_dataset, dict):
+            return self.eval_dataset
+        key = self._metric_key()
+        named = [name for name in self.eval_dataset if key.startswith(f"eval_{name}_")]
+        return self.eval_dataset[named[0] if named else next(iter(self.eval_dataset))]
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        """Writes the model card into `output_dir`; `push_to_hub` does so before it uploads.
+
+        The figures are of the weights that the model has now: they are measured, unless `save_run` has measured these
+        weights there already.
+
+        Args:
+            language: Language of the class names, such as `en`.
+            license: The model's licence; none is stated without it.
+            tags: Further tags.
+            model_name: The card's title.
+            finetuned_from: Repository on the Hub of the model that training began with.
+            tasks: Has no effect: the task is image classification.
+            dataset_tags: Repositories on the Hub of the training data.
+            dataset: Has no effect, as `dataset_args`.
+            dataset_args: Has no effect.
+            **options: Further fields of `CardOptions`.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        given = {
+            "language": language,
+            "license": license,
+            "tags": _listed(tags),
+            "title": model_name,
+            "base_model": finetuned_from,
+            "datasets": _listed(dataset_tags),
+            **options,
+        }
+        given = {key: value for key, value in given.items() if value is not None}
+        self.model.save_pretrained(folder)
+        results = read_results(folder)
+        if results is None or results["model"] != describe_model(folder, self.model, self.plan.name):
+            self._save_run(folder, facts={"card": given})
+        elif given:
+            write_results(folder, {**results, "card": {**results.get("card", {}), **given}})
+            write_card(folder)
+
+
+def _counts(view: ImageView) -> dict[str, int]:
+    labels = np.asarray(view.dataset["label"])
+    names = view.dataset.features["label"].names
+    return dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
+
+
+def _listed(value: str | list[str] | None) -> list[str] | None:
+    return [value] if isinstance(value, str) else value
