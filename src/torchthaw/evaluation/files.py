@@ -14,7 +14,8 @@ def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # The same name each time, so that one which a killed process left is taken over.
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
         yield temporary
         temporary.replace(target)
