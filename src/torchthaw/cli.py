@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,6 +67,9 @@ def train(
         str | None, typer.Option("--weights", "-w", help="Name of torchvision's weights, a file, or a folder.")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Push the finished run to this repository on the Hub (user/name).")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any key of the recipe, as key.sub=value; repeatable.")
     ] = None,
@@ -86,7 +90,7 @@ def train(
     from torchthaw.recipe import load_recipe, parse_override
 
     overrides = dict(parse_override(text) for text in set_ or [])
-    given = {"data.path": data, "backbone": backbone, "weights": weights, "output": output}
+    given = {"data.path": data, "backbone": backbone, "weights": weights, "output": output, "push.repo": push}
     overrides.update({key: value for key, value in given.items() if value is not None})
     if data is not None:
         overrides["data.name"] = None
@@ -107,7 +111,9 @@ def train(
     from torchthaw.run import run_recipe
     from torchthaw.training.processes import is_main
 
-    results = run_recipe(checked, Reporter(quiet=quiet), resume=resume)
+    # What to write to do it again.
+    command = shlex.join(["torchthaw", *(word for word in sys.argv[1:] if word != "--resume")])
+    results = run_recipe(checked, Reporter(quiet=quiet), resume=resume, command=command)
     if as_json and is_main():
         _print_json(results)
 

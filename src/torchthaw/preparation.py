@@ -1,9 +1,10 @@
 """From a recipe to what training takes: splits, a model with a new head, its image processor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +31,21 @@ IMBALANCE_FOR_MACRO_F1 = 2.0
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Splits ready for training, and what was left out."""
+    """Splits ready for training, and where they came from.
+
+    Attributes:
+        splits: Images by split.
+        class_names: In the order of the logits.
+        bad_images: What was left out.
+        origins: For each split its `origin` (`given`, `cut off`, `the rest`), and the `share` that was asked for.
+        revision: Commit of a data set on the Hub, as far as it is known.
+    """
 
     splits: DatasetDict
     class_names: list[str]
     bad_images: list[BadImage]
+    origins: dict[str, dict[str, Any]]
+    revision: str | None = None
 
 
 def check_model(recipe: Recipe) -> None:
@@ -71,10 +82,23 @@ def prepare_data(recipe: DataRecipe, *, seed: int, reporter: Reporter) -> Prepar
         bad.extend(found)
     if bad:
         reporter.say(f"Left out {len(bad)} unreadable images: {', '.join(image.path for image in bad[:5])} ...")
+    given = set(splits)
     splits = split_dataset(splits, validation=recipe.validation, test=recipe.test, seed=seed)
     if "validation" not in splits:
         raise DataError("there are no validation images; write data: {validation: 0.15} to cut some off for training")
-    return PreparedData(splits, splits["train"].features["label"].names, bad)
+    origins = _origins(given, splits, {"validation": recipe.validation, "test": recipe.test})
+    return PreparedData(splits, splits["train"].features["label"].names, bad, origins)
+
+
+def _origins(given: set[str], splits: Collection[str], shares: dict[str, float | int]) -> dict[str, dict[str, Any]]:
+    origins: dict[str, dict[str, Any]] = {}
+    for split in splits:
+        if split not in given:
+            origins[split] = {"origin": "cut off", "share": shares[split]}
+        else:
+            rest = split == "train" and len(given) < len(splits)
+            origins[split] = {"origin": "the rest" if rest else "given", "share": None}
+    return origins
 
 
 def load_data(recipe: DataRecipe, *, class_names: Sequence[str] | None = None) -> DatasetDict:

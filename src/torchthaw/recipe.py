@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from torchthaw.data.augmentation import make_augmentation
 from torchthaw.errors import RecipeError, ThawError, did_you_mean
+from torchthaw.sharing.card_options import CardOptions
 from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import make_plan
 
@@ -47,6 +48,20 @@ class DataRecipe(_Section):
     validation: float | int = 0.15
     test: float | int = 0.0
     on_bad_image: Literal["fail", "drop"] = "fail"
+
+
+class PushRecipe(_Section):
+    """Where a finished run goes on the Hub.
+
+    Attributes:
+        repo: The repository, `user/name`; it is made if it does not exist. None pushes nothing.
+        private: Whether a repository that is made is private; None takes the account's default.
+        revision: Branch; None is `main`.
+    """
+
+    repo: str | None = None
+    private: bool | None = None
+    revision: str | None = None
 
 
 class Recipe(_Section):
@@ -82,6 +97,8 @@ class Recipe(_Section):
         num_workers: Processes that decode images besides the main one.
         seed: Seed of everything random.
         output: Folder of the results.
+        card: What the model card says that no run can know: license, intended use ...; see `CardOptions`.
+        push: Where the finished run goes on the Hub.
     """
 
     backbone: str
@@ -107,6 +124,8 @@ class Recipe(_Section):
     num_workers: int = Field(default=2, ge=0)
     seed: int = Field(default=0, ge=0)
     output: str | None = None
+    card: CardOptions = CardOptions()
+    push: PushRecipe = PushRecipe()
 
     def stage_plan(self) -> StagePlan:
         """Returns the plan, with the rates that the backbone's family gives still open.
@@ -125,6 +144,9 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """Returns the complete recipe, from which the run can be repeated."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"data": DataRecipe, "card": CardOptions, "push": PushRecipe}
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -250,7 +272,7 @@ def _explain(problem: Any) -> str:
     location = [part for part in problem["loc"] if not str(part).startswith(("function", "tagged", "dict["))]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        section: type[BaseModel] = DataRecipe if len(location) > 1 else Recipe
+        section = _SECTIONS.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
         known = list(section.model_fields)
         return f"unknown key {key!r}.{did_you_mean(location[-1], known)} Known keys: {', '.join(known)}."
     if problem["type"] == "missing":

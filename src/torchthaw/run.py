@@ -1,32 +1,20 @@
 """`torchthaw train`: from a recipe to the output folder."""
 
 import json
-import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
-import torch
 import transformers
 import yaml
-from datasets import Dataset
 
-from torchthaw._version import __version__
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.registration import register_auto_classes
-from torchthaw.console import Bar, Reporter
-from torchthaw.data.views import ImageView
+from torchthaw.console import Reporter
 from torchthaw.errors import RecipeError
 from torchthaw.evaluation.files import replacing
-from torchthaw.evaluation.inference import predict_logits
-from torchthaw.evaluation.metrics import classification_metrics
-from torchthaw.evaluation.plots import plot_confusion_matrix, plot_curves, plot_learning_rates, plot_reliability
-from torchthaw.evaluation.predictions import write_predictions
 from torchthaw.preparation import (
     PreparedData,
     build_model,
@@ -42,10 +30,12 @@ from torchthaw.training.resume import differences, has_checkpoint
 from torchthaw.training.trainer import ThawTrainer
 
 # What may differ between a run and its continuation: it changes where and how fast, not what comes out.
-_FREE_ON_RESUME = ("output", "num_workers")
+_FREE_ON_RESUME = ("output", "num_workers", "card", "push")
 
 
-def run_recipe(recipe: Recipe, reporter: Reporter, *, resume: bool = False) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, reporter: Reporter, *, resume: bool = False, command: str | None = None
+) -> dict[str, Any]:
     """Trains, evaluates and saves what a recipe asks for.
 
     Started by `torchrun` or `accelerate launch`, all processes train, and the first one writes and evaluates.
@@ -55,6 +45,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter, *, resume: bool = False) -> d
         reporter: Where messages go.
         resume: Whether to go on with the run in the output folder, if it was interrupted; it ends exactly where it
             would have without the interruption.
+        command: The command line that asked for it, for the model card.
 
     Returns:
         The content of `results.json`.
@@ -71,7 +62,8 @@ def run_recipe(recipe: Recipe, reporter: Reporter, *, resume: bool = False) -> d
         reporter = Reporter(quiet=True)
     output = Path(recipe.output or f"thaw-{recipe.backbone}")
     if processes.on_main(lambda: _check_output(recipe, output, resume=resume)):
-        reporter.say(f"{output} holds this run, complete; nothing is left to do")
+        reporter.say(f"{output} holds this run, complete; nothing is left to train")
+        _push(recipe, output, reporter)
         return json.loads((output / "results.json").read_text(encoding="utf-8"))
     check_model(recipe)
     data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
@@ -84,8 +76,9 @@ def run_recipe(recipe: Recipe, reporter: Reporter, *, resume: bool = False) -> d
         output.mkdir(parents=True, exist_ok=True)
         _write(output / "recipe.yaml", recipe.to_yaml())
     _train(trainer, reporter, resume=resume)
-    results = processes.on_main(lambda: _write_results(recipe, trainer, data, metric, output, reporter, started))
+    results = _save(recipe, trainer, data, metric, reporter, output=output, command=command, started=started)
     _report(results, output, reporter)
+    _push(recipe, output, reporter)
     return results
 
 
@@ -113,41 +106,37 @@ def _check_output(recipe: Recipe, output: Path, *, resume: bool) -> bool:
             f"{output} holds a run of another recipe:{different}\nTo go on with that run, write: "
             f"torchthaw train {saved} --resume; else {another}"
         )
-    return (output / "results.json").is_file()
+    return (output / "results.json").is_file() and (output / "README.md").is_file()
 
 
-def _write_results(
+def _save(
     recipe: Recipe,
     trainer: ThawTrainer,
     data: PreparedData,
     metric: str,
-    output: Path,
     reporter: Reporter,
+    *,
+    output: Path,
+    command: str | None,
     started: float,
 ) -> dict[str, Any]:
-    processor = trainer.processing_class
-    assert isinstance(processor, TorchvisionImageProcessor)
-    results = {
-        "backbone": recipe.backbone,
-        "weights": recipe.weights,
-        "seed": recipe.seed,
+    facts = {
         "metric": metric,
-        "num_images": {split: len(images) for split, images in data.splits.items()},
+        "data": {
+            "source": recipe.data.path or recipe.data.name,
+            "hub": recipe.data.name is not None,
+            "revision": data.revision,
+            "origins": data.origins,
+            "split_by": "image",
+            "method": f"stratified by class, chosen by the images' content and seed {recipe.seed}",
+        },
         "dropped_images": [{"path": bad.path, "reason": bad.reason} for bad in data.bad_images],
-        "classes": data.class_names,
-        **_evaluate_splits(recipe, trainer.model, processor, data, output, reporter),
-        "gate": {"gate": recipe.gate, "min_gain": recipe.min_gain, "on_reject": recipe.on_reject},
-        "stages": [record.to_dict() for record in trainer.stage_records],
-        "seconds_total": round(time.monotonic() - started, 3),
-        "peak_memory_mb": _peak_memory_mb(),
-        "versions": _versions(),
+        "command": command,
+        "card": recipe.card.model_dump(mode="json", exclude_defaults=True),
     }
-    trainer.model.save_pretrained(output)
-    processor.save_pretrained(output)
-    _draw_training(trainer, output)
-    # Last, so that a folder with results is a complete one.
-    _write(output / "results.json", json.dumps(results, indent=2))
-    return results
+    return trainer.save_run(
+        output, test_dataset=data.splits.get("test"), facts=facts, progress=reporter.progress, started=started
+    )
 
 
 def _make_trainer(
@@ -179,54 +168,15 @@ def _train(trainer: ThawTrainer, reporter: Reporter, *, resume: bool) -> None:
         trainer.train(resume_from_checkpoint=goes_on or None)
 
 
-def _evaluate_splits(
-    recipe: Recipe,
-    model: TorchvisionForImageClassification,
-    processor: TorchvisionImageProcessor,
-    data: PreparedData,
-    output: Path,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Measures the best weights on validation and, this once, on test images; writes predictions and plots."""
-    results: dict[str, Any] = {}
-    for split in ("validation", "test"):
-        if split not in data.splits:
-            continue
-        images = data.splits[split]
-        with reporter.progress(f"evaluating {split}", len(images)) as bar:
-            logits = evaluation_logits(model, processor, images, recipe.batch_size, recipe.num_workers, bar)
-        labels = np.asarray(images["label"])
-        results[split] = classification_metrics(logits, labels, data.class_names, seed=recipe.seed)
-        write_predictions(output / "predictions" / f"{split}.jsonl", images["path"], labels, logits, data.class_names)
-        plots = output / "plots"
-        plot_confusion_matrix(labels, logits.argmax(1), data.class_names, plots / f"confusion_{split}.png")
-        probabilities = torch.from_numpy(logits).softmax(-1).numpy()
-        plot_reliability(probabilities, labels, plots / f"reliability_{split}.png")
-    return results
+def _push(recipe: Recipe, output: Path, reporter: Reporter) -> None:
+    push = recipe.push
+    if push.repo is None or not processes.is_main():
+        return
+    from torchthaw.sharing.hub import push_folder
 
-
-def evaluation_logits(
-    model: TorchvisionForImageClassification,
-    processor: TorchvisionImageProcessor,
-    images: Dataset,
-    batch_size: int,
-    num_workers: int,
-    bar: Bar,
-) -> np.ndarray:
-    """Computes the logits of a split, shape (images, classes), with a progress bar."""
-    view = ImageView(images, processor)
-    return predict_logits(model, view, batch_size=batch_size, num_workers=num_workers, on_progress=bar.update)
-
-
-def _draw_training(trainer: ThawTrainer, output: Path) -> None:
-    borders = []
-    start = 0
-    for record in trainer.stage_records:
-        end = start + record.epochs
-        borders.append({"name": record.name, "start_epoch": start, "end_epoch": end, "accepted": record.accepted})
-        start = end
-    plot_curves(trainer.state.log_history, borders, output / "plots" / "curves.png")
-    plot_learning_rates(trainer.state.log_history, borders, output / "plots" / "learning_rates.png")
+    reporter.say(f"pushing {output} to {push.repo}")
+    pushed = push_folder(output, push.repo, private=push.private, revision=push.revision)
+    reporter.say(f"pushed: {pushed.url}")
 
 
 def _announce(recipe: Recipe, trainer: ThawTrainer, data: PreparedData, metric: str, reporter: Reporter) -> None:
@@ -282,22 +232,3 @@ def _report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> Non
 def _write(file: Path, text: str) -> None:
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return round(memory.peak_wset / 2**20, 1)  # type: ignore[attr-defined]
-    import resource  # Unix only
-
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "transformers", "datasets", "accelerate", "scikit-learn", "pillow")
-    python = ".".join(str(part) for part in sys.version_info[:3])
-    return {"torchthaw": __version__, "python": python, **{name: metadata.version(name) for name in packages}}

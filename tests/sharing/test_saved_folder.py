@@ -168,8 +168,11 @@ def test_with_torchthaw_the_packaged_code_is_used_and_no_flag_is_needed(tmp_path
     for file in (tmp_path / "saved").glob("*.py"):
         file.write_text("raise RuntimeError('this copy must not be run')\n")
     program = """
-import sys, torchthaw
+import builtins, sys, torchthaw
 from transformers import AutoModelForImageClassification, pipeline
+def ask(question):
+    sys.exit(f"asked: {question}")
+builtins.input = ask
 for options in ({}, {"trust_remote_code": True}):
     found = pipeline("image-classification", model=sys.argv[1], **options)
     assert type(found.model) is torchthaw.TorchvisionForImageClassification, type(found.model)

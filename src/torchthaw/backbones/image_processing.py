@@ -185,6 +185,14 @@ class TorchvisionImageProcessor(BaseImageProcessor):
             )
         return BatchFeature({"pixel_values": torch.stack(tensors)}, tensor_type=return_tensors)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings; once saved, also where their code is."""
+        settings = super().to_dict()
+        if "auto_map" in settings:
+            # By backend: from a plain name, `pipeline` would derive a video processor and ask whether to run its code.
+            settings["auto_map"] = {"AutoImageProcessor": {"torchvision": "image_processing.TorchvisionImageProcessor"}}
+        return settings
+
     def with_settings(self, **changes: Any) -> "TorchvisionImageProcessor":
         """Returns a processor with some settings changed."""
         return type(self)(**({name: getattr(self, name) for name in self._settings} | changes))

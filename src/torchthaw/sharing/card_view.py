@@ -1,0 +1,289 @@
+"""The figures and names that the card's template shows; wording is the template's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from torchthaw.sharing.card_data import CardData
+from torchthaw.sharing.card_metadata import card_title, data_name, start_of_training
+from torchthaw.sharing.card_numbers import NONE, count, figure, interval, p_value, short
+from torchthaw.sharing.card_schema import ClassFigures, Results, SplitFigures, StageResult
+from torchthaw.sharing.markdown import one_line, shell_command
+from torchthaw.sharing.markdown import without_absolute_paths as portable
+
+MAX_ROWS = 30
+MAX_PATHS = 10
+# An interval of accuracy wider than this is worth a line among the limits.
+WIDE_INTERVAL = 0.05
+SPLITS = ("train", "validation", "test")
+
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "balanced_accuracy": "balanced accuracy",
+    "loss": "log loss",
+    "ece": "expected calibration error",
+}
+PLOT_NAMES = {
+    "curves.png": "Loss and validation metrics over epochs, with the stages",
+    "learning_rates.png": "Learning rate of each layer group over steps",
+    "confusion_validation.png": "Confusion matrix of the validation images",
+    "confusion_test.png": "Confusion matrix of the test images",
+    "reliability_validation.png": "Accuracy against confidence on the validation images",
+    "reliability_test.png": "Accuracy against confidence on the test images",
+}
+
+Table = dict[str, Any]
+
+
+def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the template can name.
+
+    Args:
+        data: What the card is made of.
+        metadata: The card's front matter, in which a person may have stated a license.
+    """
+    results = data.results
+    measured = results.measured
+    reporting = "test" if "test" in measured else "validation" if measured else None
+    return {
+        "title": card_title(data),
+        "options": data.options,
+        "license": _license(metadata),
+        "config": data.config,
+        "results": results,
+        "class_names": data.config.class_names,
+        "trained_on": results.num_images.get("train"),
+        "version": results.versions.get("torchthaw"),
+        "data_name": data_name(results),
+        "start": start_of_training(data),
+        "image_size": results.model.image_size or data.config.image_size,
+        "has_code": data.config.auto_map is not None,
+        "where": data.options.repository or "MODEL",
+        "measured": measured,
+        "reporting": reporting,
+        "headline": _headline(measured),
+        "metrics": _metrics(measured),
+        "most_frequent": _most_frequent(measured[reporting]) if reporting else None,
+        "uncertain": {split: figures for split, figures in measured.items() if _is_uncertain(figures)},
+        "splits": _splits(results),
+        "cut_off": any(split.origin == "cut off" for split in results.data.splits.values()),
+        "counts": _counts(data),
+        "smallest": _smallest(results),
+        "without_images": _without_images(measured),
+        "dropped": results.dropped_images[:MAX_PATHS] if "dropped_images" in results.model_fields_set else None,
+        "dropped_more": max(0, len(results.dropped_images) - MAX_PATHS),
+        "audit_findings": results.audit.findings[:MAX_ROWS] if results.audit else (),
+        "audit_more": max(0, len(results.audit.findings) - MAX_ROWS) if results.audit else 0,
+        "stages": _stages(results),
+        "stage_metric": METRIC_NAMES.get(results.metric or "", results.metric or "metric"),
+        "policies": {stage.batch_norm for stage in results.stages},
+        "frozen": _frozen(results),
+        "classes": _classes(measured[reporting].per_class) if reporting else None,
+        "plots": {name: PLOT_NAMES.get(name, _plain_name(name)) for name in _in_order(data.plots)},
+        "weights_checked": data.weights_checked,
+        "command": shell_command(results.command) if results.command else None,
+        "recipe": _recipe_yaml(data.recipe),
+        "environment": _environment(results),
+    }
+
+
+def _table(head: list[str], rows: list[list[str]], **extra: Any) -> Table | None:
+    return {"head": head, "rows": rows, **extra} if rows else None
+
+
+def _license(metadata: Mapping[str, Any]) -> dict[str, str | None]:
+    keys = {"id": "license", "name": "license_name", "link": "license_link"}
+    said = {key: metadata.get(name) for key, name in keys.items()}
+    return {key: value if isinstance(value, str) else None for key, value in said.items()}
+
+
+# Data
+
+
+def _splits(results: Results) -> Table | None:
+    rows = []
+    for split in SPLITS:
+        origin = results.data.splits.get(split)
+        number = results.num_images.get(split)
+        if number is None and origin is not None and origin.counts:
+            number = sum(origin.counts.values())
+        if number is None and split in results.measured:
+            number = results.measured[split].num_images
+        if number is None and origin is None:
+            continue
+        how = NONE if origin is None or origin.origin is None else origin.origin
+        asked = origin.share if origin is not None else None
+        if asked is not None:
+            how += f" ({asked:g} of the images)" if asked < 1 else f" ({asked:g} images)"
+        rows.append([split, count(number), how])
+    head = ["split", "images", "how it came about"]
+    if all(how == NONE for *_, how in rows):
+        head, rows = head[:2], [row[:2] for row in rows]
+    return _table(head, rows)
+
+
+def _class_counts(results: Results, split: str) -> dict[str, int]:
+    """Images of each class: as recorded, or else as evaluated."""
+    origin = results.data.splits.get(split)
+    if origin is not None and origin.counts:
+        return origin.counts
+    figures = results.measured.get(split)
+    return {} if figures is None else {name: of_class.support for name, of_class in figures.per_class.items()}
+
+
+def _counts(data: CardData) -> Table | None:
+    by_split = {split: _class_counts(data.results, split) for split in SPLITS}
+    known = {split: counts for split, counts in by_split.items() if counts}
+    if not known:
+        return None
+    names = data.config.class_names
+    first = next(iter(known.values()))
+    if len(names) > MAX_ROWS:
+        names = sorted(names, key=lambda name: -first.get(name, 0))
+    rows = [[name, *(count(counts.get(name, 0)) for counts in known.values())] for name in names[:MAX_ROWS]]
+    rest = [first.get(name, 0) for name in names[MAX_ROWS:]]
+    more = {"more": len(rest), "fewest": min(rest, default=0), "most": max(rest, default=0), "split": next(iter(known))}
+    return _table(["class", *known], rows, **more)
+
+
+def _smallest(results: Results) -> dict[str, Any] | None:
+    counts = _class_counts(results, "train")
+    if not counts:
+        return None
+    name = min(counts, key=lambda key: counts[key])
+    return {"name": name, "images": counts[name]}
+
+
+def _without_images(measured: dict[str, SplitFigures]) -> dict[str, list[str]]:
+    """Names of the classes without images, by split, for splits that have such classes."""
+    found = {
+        split: [name for name, of_class in figures.per_class.items() if of_class.support == 0]
+        for split, figures in measured.items()
+    }
+    return {split: names for split, names in found.items() if names}
+
+
+# Training
+
+
+def _stages(results: Results) -> Table | None:
+    metric = METRIC_NAMES.get(results.metric or "", results.metric or "metric")
+    head = ["stage", "trained, with peak learning rate", "epochs", "BatchNorm", f"validation {metric}", "difference"]
+    return _table([*head, "p", "kept"], [_stage_row(stage) for stage in results.stages])
+
+
+def _stage_row(stage: StageResult) -> list[str]:
+    made = stage.comparison
+    if made is None:
+        values, difference, p = figure(stage.best_metric), NONE, NONE
+    else:
+        values = f"{figure(made.before)} → {figure(made.after)}"
+        difference, p = _difference(made.difference, made.interval), p_value(made.p_value)
+    kept = NONE if stage.accepted is None else "yes" if stage.accepted else "no, rolled back"
+    return [stage.name, _rates(stage), short(stage.epochs), stage.batch_norm or NONE, values, difference, p, kept]
+
+
+def _difference(value: float | None, limits: tuple[float, float] | None) -> str:
+    if value is None:
+        return NONE
+    shown = f"{value + 0.0:+.4f}"
+    return shown if limits is None else f"{shown} ({interval(limits)})"
+
+
+def _rates(stage: StageResult) -> str:
+    rates = [f"{group} {short(rate)}" for group, rate in stage.learning_rates.items()]
+    if len(rates) > 8:
+        return f"{rates[0]} ... {rates[-1]} ({len(rates)} groups)"
+    return ", ".join(rates) or NONE
+
+
+def _frozen(results: Results) -> dict[str, list[str]] | None:
+    """Names of the stages by whether what was frozen stayed as it was; None if no stage was checked."""
+    checked = [stage for stage in results.stages if stage.frozen_unchanged is not None]
+    if not checked:
+        return None
+    return {"moved": [stage.name for stage in checked if not stage.frozen_unchanged]}
+
+
+# Figures
+
+
+def _headline(measured: dict[str, SplitFigures]) -> Table | None:
+    rows = [
+        [
+            split,
+            count(figures.num_images),
+            figure(figures.accuracy),
+            interval(figures.accuracy_interval),
+            figure(figures.macro_f1),
+            interval(figures.macro_f1_interval),
+        ]
+        for split, figures in measured.items()
+    ]
+    return _table(["split", "images", "accuracy", "95 % interval", "macro F1", "95 % interval"], rows)
+
+
+def _metrics(measured: dict[str, SplitFigures]) -> Table | None:
+    rows = [
+        [name, *(figure(getattr(figures, key)) for figures in measured.values())]
+        for key, name in METRIC_NAMES.items()
+        if any(getattr(figures, key) is not None for figures in measured.values())
+    ]
+    return _table(["metric", *measured], rows)
+
+
+def _most_frequent(figures: SplitFigures) -> str | None:
+    """Returns the accuracy of always giving the most frequent label."""
+    supports = [of_class.support for of_class in figures.per_class.values()]
+    return figure(max(supports) / sum(supports)) if sum(supports) else None
+
+
+def _is_uncertain(figures: SplitFigures) -> bool:
+    limits = figures.accuracy_interval
+    return limits is not None and limits[1] - limits[0] > WIDE_INTERVAL
+
+
+def _classes(per_class: dict[str, ClassFigures]) -> Table | None:
+    # Classes without images have no figures to be worst by.
+    ordered = sorted(per_class.items(), key=lambda item: (item[1].support == 0, item[1].f1))
+    rows = [
+        [name, *(figure(value) if of_class.support else NONE for value in scores), count(of_class.support)]
+        for name, of_class in ordered[:MAX_ROWS]
+        for scores in [(of_class.precision, of_class.recall, of_class.f1)]
+    ]
+    return _table(["class", "precision", "recall", "F1", "images"], rows, more=max(0, len(ordered) - MAX_ROWS))
+
+
+# Files and surroundings
+
+
+def _in_order(names: tuple[str, ...]) -> list[str]:
+    return [name for name in PLOT_NAMES if name in names] + [name for name in names if name not in PLOT_NAMES]
+
+
+def _plain_name(name: str) -> str:
+    return name.removesuffix(".png").replace("_", " ").capitalize()
+
+
+def _recipe_yaml(recipe: dict[str, Any] | None) -> str | None:
+    if recipe is None:
+        return None
+    return yaml.safe_dump(portable(recipe), sort_keys=False, allow_unicode=True, width=1_000_000)
+
+
+def _environment(results: Results) -> Table | None:
+    hardware, rows = results.hardware, []
+    if hardware is not None:
+        cores = None if hardware.cores is None else f"{hardware.cores} cores"
+        parts = [one_line(part) for part in (hardware.device, cores, hardware.platform) if part]
+        rows.append(["hardware", ", ".join(parts)] if parts else [])
+    if results.seconds_total is not None:
+        rows.append(["time", f"{results.seconds_total:,.1f} seconds in all"])
+    if results.peak_memory_mb is not None:
+        rows.append(["peak memory", f"{results.peak_memory_mb:,.1f} MiB"])
+    if results.emissions_kg is not None:
+        rows.append(["emissions", f"{1000 * results.emissions_kg:.6g} g CO2eq ({one_line(results.emissions_source)})"])
+    rows += [[name, version] for name, version in results.versions.items()]
+    return _table(["what", "value"], [row for row in rows if row])
