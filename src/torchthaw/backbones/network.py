@@ -19,6 +19,17 @@ from .configuration import TorchvisionConfig
 def build_network(config: TorchvisionConfig) -> nn.Module:
     """Builds torchvision's network for a configuration, with random weights, on the current default device."""
     family = family_of(config.architecture)
+    options = network_options(config)
+    with _PlainNumbers() if family.name == "regnet" else contextlib.nullcontext():
+        network: nn.Module = torchvision.models.get_model(config.architecture, weights=None, **options)
+    if config.stochastic_depth is not None:
+        _scale_stochastic_depth(network, config.stochastic_depth)
+    return network
+
+
+def network_options(config: TorchvisionConfig) -> dict[str, Any]:
+    """Returns what torchvision's builder takes beside the name of the network."""
+    family = family_of(config.architecture)
     options: dict[str, Any] = {"num_classes": config.num_labels}
     if config.dropout is not None:
         options[str(family.dropout)] = config.dropout
@@ -27,11 +38,7 @@ def build_network(config: TorchvisionConfig) -> nn.Module:
     if family.fixed_size and config.image_size is not None:
         size = config.image_size
         options |= {"image_size": size} if family.name == "vit" else {"input_size": (size, size)}
-    with _PlainNumbers() if family.name == "regnet" else contextlib.nullcontext():
-        network: nn.Module = torchvision.models.get_model(config.architecture, weights=None, **options)
-    if config.stochastic_depth is not None:
-        _scale_stochastic_depth(network, config.stochastic_depth)
-    return network
+    return options
 
 
 def with_version(state_dict: Mapping[str, Any], network: nn.Module, prefix: str = "") -> Mapping[str, Any]:

@@ -1,0 +1,115 @@
+"""Export to ONNX: what onnxruntime gives is what torch gives, or there is no file."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from torchthaw import TorchvisionForImageClassification, TorchvisionImageProcessor
+from torchthaw.errors import SavedModelError, SharingError
+from torchthaw.sharing import export_onnx as onnx_module
+from torchthaw.sharing.export_onnx import export_onnx
+
+# Small inputs where the network takes them.
+ONE_OF_EACH_FAMILY = {
+    "alexnet": 64, "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "googlenet": 64, "inception_v3": 96,
+    "maxvit_t": 224, "mnasnet0_5": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32, "regnet_y_400mf": 32,
+    "resnet18": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32, "swin_t": 32, "swin_v2_t": 32, "vgg11_bn": 32,
+    "vit_b_16": 32,
+}  # fmt: skip
+CLASSES = ["ant", "bee", "häßlich <b>"]
+
+
+def save(architecture, folder, size=None, **options):
+    """Saves a model whose logits depend on the image, although it was never trained."""
+    torch.manual_seed(0)
+    weights = "builtin" if architecture == "shufflenet_v2_x0_5" else None
+    model = TorchvisionForImageClassification.from_torchvision(
+        architecture, weights, id2label=CLASSES, image_size=size, **options
+    )
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    side = 224 if architecture == "maxvit_t" else 96
+    with torch.no_grad():
+        if norms and weights is None:
+            model.train()(pixel_values=torch.randn(4, 3, side, side))
+        for parameter in model.layer_groups()["head"].parameters.values():
+            parameter.normal_(std=0.1)
+    model.eval().save_pretrained(folder)
+    TorchvisionImageProcessor.from_torchvision(architecture, None, image_size=size).save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "shuffle"
+    return folder, save("shufflenet_v2_x0_5", folder, 32)
+
+
+@pytest.mark.parametrize("architecture", ONE_OF_EACH_FAMILY)
+def test_onnx_of_every_family(architecture, tmp_path):
+    size = ONE_OF_EACH_FAMILY[architecture]
+    model = save(architecture, tmp_path / "saved", size)
+    result = export_onnx(tmp_path / "saved", tmp_path / "out")
+    assert result["largest_difference"] <= 1e-4 * result["largest_logit"]
+    file = tmp_path / "out" / "model.onnx"
+    onnx.checker.check_model(str(file))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == CLASSES
+    images = torch.randn(5, 3, size, size)
+    (found,) = session.run(["logits"], {"pixel_values": images.numpy()})
+    with torch.no_grad():
+        expected = model(pixel_values=images).logits.numpy()
+    assert np.abs(expected).max() > 0.01
+    assert found == pytest.approx(expected, abs=1e-4 * float(np.abs(expected).max()))
+
+
+def test_onnx_with_the_processors_arithmetic(saved, tmp_path):
+    folder, model = saved
+    result = export_onnx(folder, tmp_path / "out", preprocessing=True, opset=18)
+    assert result["input"] == {"name": "images", "shape": ["batch", 32, 32, 3], "type": "uint8"}
+    assert result["opset"] == 18
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    metadata = session.get_modelmeta().custom_metadata_map
+    processor = TorchvisionImageProcessor.from_pretrained(folder)
+    assert json.loads(metadata["preprocessing"])["mean"] == processor.image_mean
+    assert metadata["preprocessing_included"] == "true"
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    # Resized and cropped already, so that only arithmetic is left of the processor.
+    inputs = processor([Image.fromarray(one) for one in pixels], do_resize=False, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits.numpy()
+    assert session.run(None, {"images": pixels})[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_onnx_that_differs_or_fails_is_refused_and_not_written(saved, tmp_path, monkeypatch):
+    folder, _ = saved
+    with pytest.raises(SharingError, match="shufflenet_v2_x0_5 (could not be exported|cannot be written in opset 3)"):
+        export_onnx(folder, tmp_path / "out", opset=3)
+
+    export = onnx_module._export
+
+    def spoiled(exported, *arguments):
+        result = export(exported, *arguments)
+        with torch.no_grad():
+            exported.network.fc.bias[0] += 0.01
+        return result
+
+    monkeypatch.setattr(onnx_module, "_export", spoiled)
+    with pytest.raises(SavedModelError, match=r"shufflenet_v2_x0_5 that differ by up to 0.01 from torch's"):
+        export_onnx(folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        SharingError, match=r"needs onnx, onnxruntime, onnxscript; install with: pip install 'torchthaw"
+    ):
+        export_onnx(saved[0], tmp_path / "out")
