@@ -21,7 +21,8 @@ LAYERS = [
     {"recipe", "console"},
     {"preparation"},
     {"run", "dry_run"},
-    {"use"},
+    {"use", "soups"},
+    {"cli_sharing"},
     {"cli"},
     {"__main__"},
 ]

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from torchthaw._version import __version__
+from torchthaw.cli_sharing import JsonOption, QuietOption
+from torchthaw.cli_sharing import app as sharing_commands
 from torchthaw.errors import ThawError
 
 app = typer.Typer(
@@ -21,8 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 DataOption = Annotated[
     str | None,
     typer.Option("--data", "-d", help="Folder of images, parquet file, Hub data set (user/name), or builtin:digits."),
@@ -178,6 +178,10 @@ def backbones(
         return
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         print("  ".join(f"{'' if row[key] is None else row[key]!s:<{_width(rows, key)}}" for key in rows[0]).rstrip())
+
+
+# After the others, so that they come last in --help.
+app.add_typer(sharing_commands)
 
 
 def _width(rows: list[dict[str, Any]], key: str) -> int:

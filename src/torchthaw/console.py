@@ -55,3 +55,10 @@ class Bar:
         """Moves the bar to `done`; changes its end or its text if given."""
         text = None if description is None else escape(description)
         self._progress.update(self._task, completed=done, total=total, description=text)
+
+
+def hide_loading_bars() -> None:
+    """Keeps transformers from showing a bar while it loads or saves weights, which takes a moment only."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -12,7 +12,7 @@ import yaml
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.registration import register_auto_classes
-from torchthaw.console import Reporter
+from torchthaw.console import Reporter, hide_loading_bars
 from torchthaw.errors import RecipeError
 from torchthaw.evaluation.files import replacing
 from torchthaw.preparation import (
@@ -24,6 +24,7 @@ from torchthaw.preparation import (
     training_arguments,
 )
 from torchthaw.recipe import Recipe
+from torchthaw.sharing.hub import check_branch, check_repo_id, find_token, push_folder
 from torchthaw.training import processes
 from torchthaw.training.callbacks import ProgressCallback
 from torchthaw.training.resume import differences, has_checkpoint
@@ -56,7 +57,7 @@ def run_recipe(
     """
     started = time.monotonic()
     register_auto_classes()
-    transformers.utils.logging.disable_progress_bar()
+    hide_loading_bars()
     processes.join()
     if not processes.is_main():
         reporter = Reporter(quiet=True)
@@ -66,6 +67,7 @@ def run_recipe(
         _push(recipe, output, reporter)
         return json.loads((output / "results.json").read_text(encoding="utf-8"))
     check_model(recipe)
+    _check_push(recipe)
     data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
     metric = selection_metric(recipe, data)
     transformers.set_seed(recipe.seed)
@@ -168,15 +170,20 @@ def _train(trainer: ThawTrainer, reporter: Reporter, *, resume: bool) -> None:
         trainer.train(resume_from_checkpoint=goes_on or None)
 
 
+def _check_push(recipe: Recipe) -> None:
+    """Finds out before hours of training that a push at their end could not work."""
+    if recipe.push.repo is not None:
+        check_repo_id(recipe.push.repo)
+        check_branch(recipe.push.revision)
+        find_token(None, "Nothing was trained; leave out --push to train without the Hub, and push later")
+
+
 def _push(recipe: Recipe, output: Path, reporter: Reporter) -> None:
     push = recipe.push
     if push.repo is None or not processes.is_main():
         return
-    from torchthaw.sharing.hub import push_folder
-
-    reporter.say(f"pushing {output} to {push.repo}")
-    pushed = push_folder(output, push.repo, private=push.private, revision=push.revision)
-    reporter.say(f"pushed: {pushed.url}")
+    pushed = push_folder(output, push.repo, private=push.private, revision=push.revision, say=reporter.say)
+    reporter.say(f"pushed to {pushed.url}, commit {pushed.commit}")
 
 
 def _announce(recipe: Recipe, trainer: ThawTrainer, data: PreparedData, metric: str, reporter: Reporter) -> None:

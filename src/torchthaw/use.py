@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from torch import nn
 
 from torchthaw.backbones.configuration import TorchvisionConfig
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.weights import describe_backbones
-from torchthaw.console import Reporter
+from torchthaw.console import Reporter, hide_loading_bars
 from torchthaw.data.images import check_images, image_extensions
 from torchthaw.data.views import ImageView
 from torchthaw.errors import DataError, ThawError, did_you_mean
@@ -20,23 +21,18 @@ from torchthaw.evaluation.inference import best_device, predict_logits
 from torchthaw.evaluation.metrics import classification_metrics
 from torchthaw.preparation import load_data
 from torchthaw.recipe import DataRecipe
+from torchthaw.sharing.saved_models import load_saved
 
 
-def load_saved(source: str) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:
-    """Loads a model and its processor from a folder or Hub repository that torchthaw saved.
+def load_on_device(source: str) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:
+    """Loads a saved model and its processor, the model on the best device there is.
 
     Raises:
-        ThawError: there is no model.
+        SharingError: there is no model.
     """
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ThawError(f"{source} holds no config.json, so it is no saved model; pass the output folder of a run")
-    try:
-        model = TorchvisionForImageClassification.from_pretrained(source)
-        processor = TorchvisionImageProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ThawError(f"no model could be loaded from {source!r}: {error}") from error
-    model.eval().to(device=best_device())
+    hide_loading_bars()
+    model, processor = load_saved(source)
+    cast(nn.Module, model).to(best_device())
     return model, processor
 
 
@@ -49,7 +45,7 @@ def evaluate_saved(source: str, data: str, split: str, *, batch_size: int = 32, 
     Raises:
         DataError: the data has no such split, or a class that the model does not know.
     """
-    model, processor = load_saved(source)
+    model, processor = load_on_device(source)
     names = model.config.class_names
     splits = load_data(DataRecipe(path=data), class_names=names)
     if split not in splits:
@@ -76,7 +72,7 @@ def predict_paths(
         DataError: a path does not exist, there are no images, or some cannot be read.
     """
     files = _image_files(paths)
-    model, processor = load_saved(source)
+    model, processor = load_on_device(source)
     names = model.config.class_names
     columns = {"image": [{"path": f, "bytes": None} for f in files], "label": [0] * len(files), "path": files}
     features = Features(image=Image(decode=False), label=ClassLabel(names=names), path=Value("string"))

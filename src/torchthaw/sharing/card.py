@@ -1,5 +1,7 @@
 """The model card: `README.md` of a saved model, made of the files beside it."""
 
+import json
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -9,12 +11,14 @@ import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import ValidationError
 
-from torchthaw.errors import SharingError
+from torchthaw.errors import SharingError, did_you_mean
 from torchthaw.evaluation.files import replacing
 from torchthaw.sharing import card_numbers, card_view, markdown
 from torchthaw.sharing.card_data import CardData, load_card_data
 from torchthaw.sharing.card_metadata import front_matter, join_metadata, remembered
+from torchthaw.sharing.card_options import CardOptions
 from torchthaw.sharing.card_sections import assemble, own_parts, read_card
 
 CARD_FILE = "README.md"
@@ -42,6 +46,36 @@ def write_card(folder: str | Path) -> Path:
     with replacing(file) as temporary:
         temporary.write_bytes(card.encode("utf-8"))
     return file
+
+
+def set_card_options(folder: str | Path, options: Mapping[str, Any]) -> CardOptions:
+    """Keeps options of the card in `results.json`, beside those that were set before.
+
+    Args:
+        folder: The saved model.
+        options: Fields of `CardOptions`; None takes one back.
+
+    Raises:
+        SharingError: a field is unknown or does not fit.
+    """
+    file = Path(folder) / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    wanted = {key: value for key, value in {**results.get("card", {}), **options}.items() if value is not None}
+    unknown = next((key for key in wanted if key not in CardOptions.model_fields), None)
+    if unknown is not None:
+        known = list(CardOptions.model_fields)
+        raise SharingError(
+            f"a card has no option {unknown!r}.{did_you_mean(unknown, known)} There are {', '.join(known)}."
+        )
+    try:
+        checked = CardOptions.model_validate(wanted)
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'card'}: {e['msg']}" for e in error.errors())
+        raise SharingError(f"the card's options do not fit: {reasons}") from error
+    with replacing(file) as temporary:
+        document = {**results, "card": checked.model_dump(mode="json", exclude_defaults=True)}
+        temporary.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    return checked
 
 
 def render_card(data: CardData, previous: str | None = None, *, where: str = CARD_FILE) -> str:

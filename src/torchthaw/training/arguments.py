@@ -1,5 +1,6 @@
 """Arguments of `ThawTrainer`: those of `Trainer`, with the defaults of fine-tuning and a stage plan."""
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ ON_REJECT = ("continue", "stop")
 LAUNCHER_SETTINGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
-@dataclass
+# Without a repr of its own, which would show tokens.
+@dataclass(repr=False)
 class ThawTrainingArguments(TrainingArguments):
     """`TrainingArguments` of a staged run.
 
@@ -103,6 +105,22 @@ class ThawTrainingArguments(TrainingArguments):
         # The order of the images must be the run's own on resume, whatever else has drawn random numbers.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled: everything but tokens, since `Trainer` pickles its arguments into checkpoints."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+
+    def __copy__(self) -> "ThawTrainingArguments":
+        # Copies stay in this process and need the token.
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ThawTrainingArguments":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     @property
     def device(self) -> torch.device:

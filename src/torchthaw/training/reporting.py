@@ -11,6 +11,7 @@ from torchthaw.data.views import ImageView
 from torchthaw.sharing.card import write_card
 from torchthaw.training import processes
 from torchthaw.training.datasets import as_view
+from torchthaw.training.pushing import PushingTrainer
 from torchthaw.training.results import (
     RESULTS_FILE,
     ProgressBars,
@@ -23,10 +24,9 @@ from torchthaw.training.results import (
     read_results,
     write_results,
 )
-from torchthaw.training.staged_loop import StagedTrainer
 
 
-class ReportingTrainer(StagedTrainer):
+class ReportingTrainer(PushingTrainer):
     """Measures the weights that a run ends with, and writes what is to be known of them beside them."""
 
     def save_run(

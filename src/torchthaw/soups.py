@@ -1,0 +1,136 @@
+"""`torchthaw soup`: averages of saved runs, chosen on the validation images that the runs have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from datasets import Dataset
+from torch import nn
+
+from torchthaw.backbones.configuration import TorchvisionConfig
+from torchthaw.backbones.modeling import TorchvisionForImageClassification
+from torchthaw.console import Reporter
+from torchthaw.data.images import check_images
+from torchthaw.data.views import ImageView
+from torchthaw.errors import DataError, SharingError
+from torchthaw.evaluation.inference import best_device, predict_split
+from torchthaw.evaluation.metrics import classification_metrics
+from torchthaw.preparation import load_data, prepare_data
+from torchthaw.recipe import DataRecipe, Recipe, load_recipe
+from torchthaw.sharing.card import write_card
+from torchthaw.sharing.saved_models import load_saved
+from torchthaw.sharing.soup import Soup, greedy_soup, uniform_soup, wise_ft
+
+METRICS = ("accuracy", "macro_f1", "balanced_accuracy")
+
+
+def make_soup(
+    runs: Sequence[str],
+    output: str,
+    *,
+    reporter: Reporter,
+    start: str | None = None,
+    uniform: bool = False,
+    data: str | None = None,
+    split: str = "validation",
+    metric: str = "accuracy",
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Averages runs (greedily, or all of them), or with `start` goes from there to the one run, and saves the best.
+
+    Args:
+        runs: Output folders of runs.
+        output: A folder to make.
+        reporter: Where messages go.
+        start: Weights or a saved model that the way begins at (WiSE-FT).
+        uniform: Whether to average all runs, better or not.
+        data: Images to choose on; None takes the validation images of the runs' recipe.
+        split: Split of `data`.
+        metric: What is compared: `accuracy`, `macro_f1` or `balanced_accuracy`.
+        batch_size: Images at once.
+
+    Returns:
+        What `soup.json` says, with `metric` and `output`.
+
+    Raises:
+        SharingError: the runs cannot be averaged, or have no validation images in common.
+        DataError: the data cannot be read, or has no such split.
+    """
+    if start is not None and len(runs) != 1:
+        raise SharingError(f"--start goes with one run, the fine-tuned model; there are {len(runs)}: {', '.join(runs)}")
+    if Path(output).exists():
+        raise SharingError(f"{output} exists, and torchthaw never overwrites anything; pass another --output")
+    model, processor = load_saved(runs[0])
+    images = _validation_images(runs, data, split, model.config, reporter)
+    labels, view, tried = np.asarray(images["label"]), ImageView(images, processor), 0
+
+    def score(candidate: TorchvisionForImageClassification) -> float:
+        nonlocal tried
+        tried += 1
+        device: Any = best_device()
+        nn.Module.to(candidate, device)
+        with reporter.progress(f"measuring mixture {tried}", len(images)) as bar:
+            logits, _ = predict_split(candidate, view, batch_size=batch_size, on_progress=bar.update)
+        return float(classification_metrics(logits, labels, candidate.config.class_names)[metric])
+
+    if start is not None:
+        soup = wise_ft(start, runs[0], score)
+    else:
+        soup = (uniform_soup if uniform else greedy_soup)(runs, score)
+    described = soup.save(output)
+    write_card(output)
+    _report(soup, metric, len(images), output, reporter)
+    return {**described, "metric": metric, "num_images": len(images), "output": output}
+
+
+def _validation_images(
+    runs: Sequence[str], data: str | None, split: str, config: TorchvisionConfig, reporter: Reporter
+) -> Dataset:
+    if data is not None:
+        splits = load_data(DataRecipe(path=data), class_names=config.class_names)
+        if split not in splits:
+            raise DataError(
+                f"{data} has no split {split!r}; it has {', '.join(splits)}. Pass --split, or leave out --data to take "
+                "the validation images of the runs' recipe"
+            )
+        return check_images(splits[split], progress=not reporter.quiet)[0]
+    recipes = [_recipe(run) for run in runs]
+    first = recipes[0]
+    for run, recipe in zip(runs[1:], recipes[1:], strict=True):
+        if recipe.data != first.data:
+            raise SharingError(
+                f"{runs[0]} and {run} were trained on other data, so there may be no image that neither has trained "
+                "on; pass --data FOLDER with validation images of both"
+            )
+    prepared = prepare_data(first.data, seed=first.seed, reporter=reporter)
+    cut = prepared.origins["validation"]["origin"] != "given"
+    if cut and any(recipe.seed != first.seed for recipe in recipes):
+        raise SharingError(
+            "the runs have cut off their validation images with other seeds, so that one run was trained on what "
+            "another one holds back; pass --data FOLDER with validation images of all, or give the data a validation "
+            "split and train again"
+        )
+    return prepared.splits["validation"]
+
+
+def _recipe(run: str) -> Recipe:
+    file = Path(run) / "recipe.yaml"
+    if not file.is_file():
+        raise SharingError(f"{run} has no recipe.yaml to take the validation images from; pass --data FOLDER")
+    return load_recipe(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def _report(soup: Soup, metric: str, num_images: int, output: str, reporter: Reporter) -> None:
+    rows = [
+        (
+            f"{step['alpha']:g} fine-tuned" if "alpha" in step else " + ".join(step["tried"]),
+            f"{step['score']:.4f}",
+            {True: "yes", False: "no", None: ""}[step.get("kept")],
+        )
+        for step in soup.steps
+    ]
+    reporter.table(f"{metric} on {num_images} validation images", ("mixture", metric, "kept"), rows)
+    shares = ", ".join(f"{share:.3g} of {name}" for name, share in soup.ingredients.items())
+    reporter.say(f"saved to {output}: {shares}; validation {metric} {soup.score:.4f}")
