@@ -53,6 +53,7 @@ def runs(photos, tmp_path_factory):
     for seed in (0, 1):
         sys.argv = ["torchthaw", "train", "two_phase", "--data", str(photos), *TINY, "--set", f"seed={seed}"]
         sys.argv += ["--output", str(root / f"run{seed}"), "--set", "card.license=mit", "--quiet"]
+        sys.argv += ["--set", "report_to=[tensorboard]"]
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         assert not exit_.value.code
@@ -68,6 +69,7 @@ def test_train_writes_a_card_with_the_recipes_options(runs):
     assert results["data"]["splits"]["train"] == {"counts": {"ant": 8, "bee": 8}, "origin": "given", "share": None}
     assert results["saved_folder"]["images"] == 16
     assert str(results["validation"]["accuracy"]) in card
+    assert list((runs[0] / "stages" / "runs").rglob("events.out.tfevents.*")), "report_to reaches the trainer"
 
 
 def test_card_takes_options_and_keeps_what_is_the_users(run, runs):

@@ -173,6 +173,7 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path) -> ThawTrai
             optim_args=f"momentum={SGD_MOMENTUM}" if recipe.optimizer == "sgd" else None,
             max_grad_norm=recipe.max_grad_norm,
             label_smoothing_factor=recipe.label_smoothing,
+            report_to=list(recipe.report_to),
             dataloader_num_workers=recipe.num_workers,
             seed=recipe.seed,
             disable_tqdm=True,

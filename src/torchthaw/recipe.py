@@ -94,6 +94,7 @@ class Recipe(_Section):
         label_smoothing: Share of each label spread over all classes.
         dropout: Dropout before the head, where the architecture has it; None keeps torchvision's.
         stochastic_depth: Likewise.
+        report_to: Reporters of transformers, such as `tensorboard`, or `codecarbon`, of which the card states the CO2.
         num_workers: Processes that decode images besides the main one.
         seed: Seed of everything random.
         output: Folder of the results.
@@ -121,6 +122,7 @@ class Recipe(_Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     dropout: float | None = Field(default=None, ge=0, lt=1)
     stochastic_depth: float | None = Field(default=None, ge=0, lt=1)
+    report_to: tuple[str, ...] = ()
     num_workers: int = Field(default=2, ge=0)
     seed: int = Field(default=0, ge=0)
     output: str | None = None

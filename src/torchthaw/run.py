@@ -31,7 +31,7 @@ from torchthaw.training.resume import differences, has_checkpoint
 from torchthaw.training.trainer import ThawTrainer
 
 # What may differ between a run and its continuation: it changes where and how fast, not what comes out.
-_FREE_ON_RESUME = ("output", "num_workers", "card", "push")
+_FREE_ON_RESUME = ("output", "num_workers", "report_to", "card", "push")
 
 
 def run_recipe(

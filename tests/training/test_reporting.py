@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from sklearn.metrics import accuracy_score, f1_score
+from transformers.integrations.integration_utils import CodeCarbonCallback
 
 from torchthaw import (
     Stage,
@@ -19,6 +21,7 @@ from torchthaw import (
 from torchthaw.data.views import ImageView
 from torchthaw.errors import SavedModelError
 from torchthaw.evaluation.predictions import read_predictions
+from torchthaw.training.results import measured_emissions
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 PLAN = [Stage("head", "head", epochs=2, learning_rate=1e-2), Stage("all", "all", epochs=1, learning_rate=1e-3)]
@@ -133,3 +136,14 @@ def test_a_folder_that_gives_something_else_fails_the_run_and_has_no_results(tra
         trainer.save_run(folder)
     assert not (folder / "results.json").exists()
     assert not (folder / "README.md").exists()
+
+
+def test_emissions_are_told_where_codecarbon_has_measured_them_and_only_there():
+    callback = object.__new__(CodeCarbonCallback)
+    callback.tracker = None
+    assert measured_emissions([callback]) == {}
+    callback.tracker = SimpleNamespace(final_emissions=None)
+    assert measured_emissions([callback]) == {}
+    callback.tracker = SimpleNamespace(final_emissions=0.0021)
+    assert measured_emissions([callback]) == {"emissions_kg": 0.0021}
+    assert measured_emissions([]) == {}

@@ -13,6 +13,7 @@ from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.errors import SavedModelError, SharingError
 from torchthaw.sharing.saved_models import image_shape, load_saved, new_folder, write_json
 
+WEIGHTS_FILE = "model.safetensors"
 # torchvision's name -> timm's.
 SAME_KEYS = {
     "densenet121": "densenet121",
@@ -72,9 +73,11 @@ def export_timm(source: str | Path, output: str | Path) -> dict[str, Any]:
         if not name.startswith("AuxLogits.")
     }
     with new_folder(output) as folder:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(folder / "config.json", _config(model, processor))
-        other = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
+        other = timm.create_model(
+            SAME_KEYS[architecture], num_classes=model.config.num_labels, checkpoint_path=str(folder / WEIGHTS_FILE)
+        ).eval()
         images = torch.randn(2, 3, *image_shape(model, processor), generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = model(pixel_values=images).logits
@@ -84,8 +87,10 @@ def export_timm(source: str | Path, output: str | Path) -> dict[str, Any]:
                 f"timm's {SAME_KEYS[architecture]} gives logits that differ by up to {difference:.3g} from those of "
                 f"{source}; nothing was written"
             )
-    load = ["import timm", f'model = timm.create_model("local-dir:{output}", pretrained=True).eval()']
-    files = [str(Path(output) / name) for name in ("config.json", "model.safetensors")]
+    file = str(Path(output) / WEIGHTS_FILE)
+    options = f"num_classes={model.config.num_labels}, checkpoint_path={file!r}"
+    load = ["import timm", f"model = timm.create_model({SAME_KEYS[architecture]!r}, {options}).eval()"]
+    files = [str(Path(output) / "config.json"), file]
     return {"files": files, "largest_difference": difference, "load": load}
 
 

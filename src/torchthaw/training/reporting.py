@@ -19,6 +19,7 @@ from torchthaw.training.results import (
     describe_model,
     draw_training,
     measure_views,
+    measured_emissions,
     no_progress,
     prove_saved,
     read_results,
@@ -87,7 +88,7 @@ class ReportingTrainer(PushingTrainer):
             results |= {} if proof is None else {"saved_folder": proof}
         if started is not None:
             results["seconds_total"] = round(time.monotonic() - started, 3)
-        results |= describe_environment()
+        results |= {**measured_emissions(self.callback_handler.callbacks), **describe_environment()}
         draw_training(self.state.log_history, self.stage_records, folder)
         write_results(folder, results)
         write_card(folder)

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,8 @@ import psutil
 import torch
 from PIL import Image
 from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import CodeCarbonCallback
 
 from torchthaw._version import __version__
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
@@ -159,6 +161,13 @@ def describe_environment() -> dict[str, Any]:
             **{name: metadata.version(name) for name in _PACKAGES},
         },
     }
+
+
+def measured_emissions(callbacks: Iterable[TrainerCallback]) -> dict[str, float]:
+    """Returns the CO2 equivalent of training in kg as `emissions_kg`, where codecarbon has measured it."""
+    trackers = [callback.tracker for callback in callbacks if isinstance(callback, CodeCarbonCallback)]
+    found = [tracker.final_emissions for tracker in trackers if tracker is not None]
+    return {"emissions_kg": found[0]} if found and found[0] is not None else {}
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
