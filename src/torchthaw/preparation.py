@@ -17,6 +17,7 @@ from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.weights import locate
 from torchthaw.console import Reporter
 from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
+from torchthaw.data.hub_datasets import loaded_revision
 from torchthaw.data.images import BadImage, check_images
 from torchthaw.data.loading import load_image_dataset
 from torchthaw.data.splitting import split_dataset
@@ -76,6 +77,7 @@ def prepare_data(recipe: DataRecipe, *, seed: int, reporter: Reporter) -> Prepar
         DataError: the data cannot be read or does not fit.
     """
     splits = load_data(recipe)
+    revision = loaded_revision(splits)
     bad: list[BadImage] = []
     for name, images in splits.items():
         splits[name], found = check_images(images, on_bad=recipe.on_bad_image, progress=not reporter.quiet)
@@ -87,7 +89,7 @@ def prepare_data(recipe: DataRecipe, *, seed: int, reporter: Reporter) -> Prepar
     if "validation" not in splits:
         raise DataError("there are no validation images; write data: {validation: 0.15} to cut some off for training")
     origins = _origins(given, splits, {"validation": recipe.validation, "test": recipe.test})
-    return PreparedData(splits, splits["train"].features["label"].names, bad, origins)
+    return PreparedData(splits, splits["train"].features["label"].names, bad, origins, revision)
 
 
 def _origins(given: set[str], splits: Collection[str], shares: dict[str, float | int]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ script it serves until it is killed, and prints its address.
 import argparse
 import base64
 import binascii
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -152,6 +153,7 @@ class HubStandIn:
         self.faults: list[Fault] = []
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.RLock()
+        self.connections: set[socket.socket] = set()
         stand_in = self
 
         class BoundHandler(Handler):
@@ -172,6 +174,12 @@ class HubStandIn:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        with self.lock:
+            for connection in self.connections:
+                # Some have ended.
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            self.connections.clear()
 
     def fault(self, path: str, **options: Any) -> Fault:
         """Orders a fault; see `Fault`."""
@@ -249,6 +257,16 @@ class Handler(BaseHTTPRequestHandler):
     )
 
     # Requests and answers
+
+    def setup(self) -> None:
+        super().setup()
+        with self.hub.lock:
+            self.hub.connections.add(self.connection)
+
+    def finish(self) -> None:
+        with self.hub.lock:
+            self.hub.connections.discard(self.connection)
+        super().finish()
 
     def do_GET(self) -> None:
         self.serve()
@@ -490,7 +508,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, kind: str, repo: str, revision: str, path: str) -> tuple[int, Any, dict[str, str]]:
         commit = self._repository(kind, repo).at(revision)
         if path not in commit.files:
-            raise Refusal(404, "Entry not found", code="EntryNotFound")
+            raise Refusal(404, "Entry not found", code="EntryNotFound", headers={"X-Repo-Commit": commit.oid})
         blob = commit.files[path]
         tag = f'"{blob.sha256 if blob.lfs else blob.git_oid}"'
         headers = {"ETag": tag, "X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}

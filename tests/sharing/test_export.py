@@ -1,20 +1,15 @@
-"""Exports to torchvision and timm: what leaves gives what stayed, or does not leave."""
+"""Export to torchvision: what leaves gives what stayed, or does not leave."""
 
 import json
 
-import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
-from PIL import Image
 from torch import nn
 
 from torchthaw import TorchvisionForImageClassification, TorchvisionImageProcessor
 from torchthaw.errors import SharingError
-from torchthaw.sharing import export_timm as timm_module
 from torchthaw.sharing.export_onnx import export_onnx
-from torchthaw.sharing.export_timm import SAME_KEYS, export_timm
 from torchthaw.sharing.export_torchvision import export_torchvision
 
 # Small inputs where the network takes them.
@@ -52,9 +47,6 @@ def save(architecture, folder, size=None, **options):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "shuffle"
     return folder, save("shufflenet_v2_x0_5", folder, 32)
-
-
-# torchvision
 
 
 @pytest.mark.parametrize("architecture", ONE_OF_EACH_FAMILY)
@@ -96,57 +88,29 @@ def test_nothing_is_overwritten_or_left_behind(saved, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-# timm
+def test_16_bit_weights_are_exported_exactly(saved, tmp_path):
+    folder, model = saved
+    narrow = TorchvisionForImageClassification.from_pretrained(folder).bfloat16()
+    narrow.save_pretrained(tmp_path / "narrow")
+    TorchvisionImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "narrow")
+    export_torchvision(tmp_path / "narrow", tmp_path / "out")
+    state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
+    for name, tensor in model.backbone.state_dict().items():
+        expected = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(state[name], expected), name
 
 
-def test_timm_refuses_what_it_builds_in_another_way(saved, tmp_path):
-    with pytest.raises(SharingError, match=r"timm has no shufflenet_v2_x0_5 .* densenet121, .*--to onnx"):
-        export_timm(saved[0], tmp_path / "out")
-
-
-@pytest.mark.parametrize("architecture", SAME_KEYS)
-def test_timm_has_the_same_names_and_shapes(architecture):
-    with torch.device("meta"):
-        ours = torchvision.models.get_model(architecture, weights=None)
-        theirs = timm.create_model(SAME_KEYS[architecture])
-    shapes = [{n: tuple(t.shape) for n, t in network.state_dict().items()} for network in (ours, theirs)]
-    assert {n: s for n, s in shapes[0].items() if not n.startswith("AuxLogits.")} == shapes[1]
-
-
-@pytest.mark.parametrize("architecture", ["densenet121", "inception_v3", "resnet18", "resnet50", "resnext50_32x4d"])
-def test_timm_gives_the_same_logits(architecture, tmp_path):
-    size = 96 if architecture == "inception_v3" else 64
-    model = save(architecture, tmp_path / "saved", size)
-    result = export_timm(tmp_path / "saved", tmp_path / "out")
-    assert result["largest_difference"] < 1e-5
-    names: dict = {}
-    exec("\n".join(result["load"]), names)
-    other = names["model"]
-    images = torch.randn(3, 3, size, size)
+def test_what_cannot_be_used_is_refused(saved, tmp_path):
+    folder, _ = saved
+    broken = TorchvisionForImageClassification.from_pretrained(folder)
     with torch.no_grad():
-        assert other(images) == pytest.approx(model(pixel_values=images).logits, abs=1e-5)
-    # As timm reads it from a repository on the Hub.
-    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert config["architecture"] == SAME_KEYS[architecture]
-    assert config["label_names"] == CLASSES
-    described = timm.data.resolve_data_config(config["pretrained_cfg"])
-    assert tuple(described["input_size"]) == (3, size, size)
-    processor = TorchvisionImageProcessor.from_pretrained(tmp_path / "saved")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
-    pixels = timm.data.create_transform(**described)(picture)
-    assert pixels == pytest.approx(processor(picture, return_tensors="pt")["pixel_values"][0], abs=1e-5)
-
-
-def test_timm_that_differs_is_refused(tmp_path, monkeypatch):
-    save("resnet18", tmp_path / "saved", 32)
-    monkeypatch.setitem(timm_module.SAME_KEYS, "resnet18", "resnet18d")
-    with pytest.raises(RuntimeError, match="size mismatch|Missing key"):
-        export_timm(tmp_path / "saved", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-
-
-def test_a_missing_timm_is_named(tmp_path, monkeypatch):
-    save("resnet18", tmp_path / "saved", 32)
-    monkeypatch.setattr(timm_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SharingError, match="needs timm; install it with: pip install timm"):
-        export_timm(tmp_path / "saved", tmp_path / "out")
+        broken.backbone.fc.bias[1] = torch.nan
+    broken.save_pretrained(tmp_path / "nan")
+    TorchvisionImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "nan")
+    with pytest.raises(SharingError, match=r"not finite, in backbone\.fc\.bias"):
+        export_torchvision(tmp_path / "nan", tmp_path / "out")
+    save("vit_b_32", tmp_path / "vit", 32)
+    TorchvisionImageProcessor.from_torchvision("vit_b_32", None, image_size=64).save_pretrained(tmp_path / "vit")
+    with pytest.raises(SharingError, match="vit_b_32 takes images of 32 x 32 pixels, and its image processor makes 64"):
+        export_torchvision(tmp_path / "vit", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

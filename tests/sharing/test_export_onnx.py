@@ -113,3 +113,38 @@ def test_missing_packages_are_named(saved, tmp_path, monkeypatch):
         SharingError, match=r"needs onnx, onnxruntime, onnxscript; install with: pip install 'torchthaw"
     ):
         export_onnx(saved[0], tmp_path / "out")
+
+
+def test_a_file_that_onnxruntime_cannot_run_is_refused(saved, tmp_path, monkeypatch):
+    export = onnx_module._export
+
+    def damaged(exported, images, name, file, *arguments):
+        opset = export(exported, images, name, file, *arguments)
+        file.write_bytes(b"no protocol buffer")
+        return opset
+
+    monkeypatch.setattr(onnx_module, "_export", damaged)
+    with pytest.raises(
+        SharingError, match=r"onnxruntime cannot run shufflenet_v2_x0_5 in opset \d+: .*smaller --opset"
+    ):
+        export_onnx(saved[0], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_weights_are_beside_the_file_and_found_there(saved, tmp_path, monkeypatch):
+    folder, model = saved
+    threshold = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    monkeypatch.setattr(threshold, 1000)
+    result = export_onnx(folder, tmp_path / "out")
+    assert [file.rsplit("/", 1)[-1] for file in result["files"]] == ["model.onnx", "model.onnx.data"]
+    (tmp_path / "out").rename(tmp_path / "moved")
+    session = onnxruntime.InferenceSession(str(tmp_path / "moved" / "model.onnx"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(pixel_values=images).logits.numpy()
+    assert session.run(None, {"pixel_values": images.numpy()})[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_exporter_says_nothing_on_stdout(saved, tmp_path, capfd):
+    export_onnx(saved[0], tmp_path / "out")
+    assert capfd.readouterr().out == ""

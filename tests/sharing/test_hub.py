@@ -373,6 +373,22 @@ def test_no_connection_at_all(hub, folder, waits, monkeypatch):
     assert waits == [1.0, 2.0, 4.0]
 
 
+def test_hub_that_goes_away_in_the_middle(hub, folder, waits):
+    def stop(seconds):
+        waits.append(seconds)
+        if len(waits) == 1:
+            hub.stop()
+
+    hub.fault("objects/batch", status=503, message="shutting down")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", stop)
+        with pytest.raises(
+            HubError, match=r"uploading to maker/ants failed: the connection to the Hub was lost .*whole"
+        ):
+            push_folder(folder, "maker/ants")
+    assert hub.files("maker/ants") == {}
+
+
 def test_offline_mode_is_named(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=r"HF_HUB_OFFLINE is set; unset it.*is whole"):
@@ -483,6 +499,13 @@ def test_token_is_in_no_file_and_no_output_after_a_push(hub, folder, fault):
     assert TOKEN.removeprefix("hf_") not in out + err
     written = [file for file in folder.parent.rglob("*") if file.is_file()]
     assert not [file for file in written if TOKEN.encode() in file.read_bytes()]
+
+
+def test_tokens_that_the_hub_sends_back_are_not_shown(hub, folder):
+    hub.tokens["plain-secret"] = ("maker", "write")
+    hub.fault("/commit/", status=400, message="got plain-secret, Bearer of-others and hf_ofsomebody")
+    with pytest.raises(HubError, match=r"got \*\*\*, Bearer \*\*\* and hf_\*\*\*"):
+        push_folder(folder, "maker/ants", token="plain-secret")
 
 
 @pytest.mark.parametrize("token", ["hf_bad token", "hf_bad\ntoken", "hf_bädtoken"])

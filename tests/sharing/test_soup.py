@@ -134,3 +134,60 @@ def test_what_cannot_be_averaged_is_refused_with_the_difference(folders, tmp_pat
         greedy_soup([folders[0], folders[0]], lambda model: 0.0)
     with pytest.raises(SharingError, match="holds no config.json"):
         uniform_soup([folders[0], tmp_path], lambda model: 0.0)
+
+
+def test_a_score_that_cannot_be_compared_is_refused(folders):
+    for bad_one in range(3):
+        scores = iter([0.5 if turn != bad_one else float("nan") for turn in range(3)])
+        with pytest.raises(SharingError, match="is nan, which cannot be compared"):
+            greedy_soup(folders[:2], lambda model, scores=scores: next(scores))
+    scores = iter([0.5, float("nan")])
+    with pytest.raises(SharingError, match=f"the score of {folders[1]} is nan"):
+        uniform_soup(folders[:2], lambda model: next(scores))
+    with pytest.raises(SharingError, match=r"the mixture of share 0.5 is inf"):
+        wise_ft(folders[0], folders[1], lambda model: float("inf"), alphas=[0.5])
+
+
+def test_wise_ft_refuses_itself_other_orders_and_other_problems(folders, tmp_path):
+    with pytest.raises(SharingError, match="run1 cannot be mixed with itself"):
+        wise_ft(folders[1], folders[1], lambda model: 1.0)
+    save(tmp_path / "order", 0, classes=["bee", "ant", "cat"])
+    with pytest.raises(
+        SharingError, match=r"their classes differ: \['bee', 'ant', 'cat'\] and \['ant', 'bee', 'cat'\]"
+    ):
+        wise_ft(tmp_path / "order", folders[1], lambda model: 1.0)
+    several = TorchvisionForImageClassification.from_pretrained(folders[0])
+    several.config.problem_type = "multi_label_classification"
+    several.save_pretrained(tmp_path / "several")
+    TorchvisionImageProcessor.from_pretrained(folders[0]).save_pretrained(tmp_path / "several")
+    with pytest.raises(SharingError, match="their problem_type differ"):
+        uniform_soup([tmp_path / "several", folders[1]], lambda model: 1.0)
+
+
+def test_other_classes_are_those_of_pretrained_weights(folders, tmp_path):
+    save(tmp_path / "before", 0, classes=["x", "y"], noise=0.02)
+    soup = wise_ft(tmp_path / "before", folders[1], lambda model: 1.0, alphas=[0.25])
+    before, after = states([tmp_path / "before", folders[1]])
+    mixed = soup.model.state_dict()
+    assert torch.equal(mixed[FC], after[FC])
+    name = "backbone.conv1.0.weight"
+    assert mixed[name] == pytest.approx(0.75 * before[name] + 0.25 * after[name], abs=1e-6)
+
+
+def test_16_bit_models_are_averaged_in_32_bits(folders, tmp_path):
+    for folder in folders[:2]:
+        TorchvisionForImageClassification.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    images = torch.zeros(1, 3, 32, 32)
+    soup = uniform_soup(folders[:2], lambda model: model(pixel_values=images).logits.sum().item())
+    first, second = states(folders[:2])
+    assert torch.equal(soup.model.state_dict()[FC], (first[FC].float() + second[FC].float()) / 2)
+
+
+def test_average_keeps_the_type_and_adds_in_more_bits():
+    # In 16 bits, 256 + 1 is 256.
+    states_ = [{"w": torch.tensor([256.0], dtype=torch.bfloat16), "n": torch.tensor(5)}]
+    states_ += [{"w": torch.tensor([260.0], dtype=torch.bfloat16), "n": torch.tensor(9)} for _ in range(3)]
+    found = average_weights(states_, [0.25] * 4)
+    assert found["w"].dtype == torch.bfloat16
+    assert float(found["w"]) == float(torch.tensor(259.0).bfloat16())
+    assert int(found["n"]) == 5

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDatasetDict, Value, load_dataset
 
 from torchthaw.data.columns import find_columns
 from torchthaw.data.folders import (
@@ -20,8 +20,10 @@ from torchthaw.data.folders import (
     split_folders,
     split_of,
 )
+from torchthaw.data.hub_datasets import load_hub_dataset
 from torchthaw.data.labels import class_list, encode, names_of
 from torchthaw.data.metadata import read_metadata
+from torchthaw.data.streamed_splits import as_streams
 from torchthaw.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ def load_image_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     class_names: Sequence[str] | None = None,
-) -> DatasetDict:
+    streaming: bool = False,
+) -> DatasetDict | IterableDatasetDict:
     """Loads labelled images.
 
     Args:
@@ -57,15 +60,29 @@ def load_image_dataset(
             `fine_label`, else the only one with text or whole numbers.
         class_names: Classes in the order of their ids, as a saved model has them; by default those of the training
             split: the names that its `ClassLabel` states, or the sorted distinct labels.
+        streaming: Whether to read a Hub data set while it is used, and download nothing before. Its rows are seen only
+            then, so labels that are no `ClassLabel` need `class_names` where a model does not give them.
 
     Returns:
-        The splits `train`, `validation` and `test`, as far as there are, each with the columns `image`
-        (`Image(decode=False)`), `label` (`ClassLabel`, the same names in every split) and `path` (relative to the
-        source, or `<split>/<row>` where the images have no file names).
+        A `DatasetDict` of the splits `train`, `validation` and `test`, as far as there are, each with the columns
+        `image` (`Image(decode=False)`), `label` (`ClassLabel`, the same names in every split) and `path` (relative to
+        the source, or `<split>/<row>` where the images have no file names). With `streaming`, an `IterableDatasetDict`
+        with the columns `image`, `label` as it is in the source, and `path` if it has one.
 
     Raises:
         DataError: The source, its columns, or its labels cannot be used; the message says what to change.
     """
+    if streaming:
+        where = _hub_name(source)
+        if where is None:
+            raise DataError(
+                f"streaming is for data sets on the Hub (user/name), and {_describe(source)} is none; leave it out: "
+                "images of folders and tables are read from the disk when they are needed"
+            )
+        streams = _named_splits(load_hub_dataset(where, name, revision, streaming=True), repr(where))
+        return as_streams(
+            streams, repr(where), image_column=image_column, label_column=label_column, class_names=class_names
+        )
     splits = _read(source, name=name, revision=revision, image_column=image_column, label_column=label_column)
     empty = [split for split, dataset in splits.items() if len(dataset) == 0]
     if empty:
@@ -106,13 +123,22 @@ def _read(source: Any, **options: str | None) -> dict[str, Dataset]:
     if path.is_file():
         return _from_file(path, **columns)
     text = os.fspath(source)
-    if _HUB_NAME.fullmatch(text) and not path.parent.is_dir():
-        return _from_hub(text, options["name"], options["revision"], **columns)
+    if _hub_name(source) is not None:
+        found = load_hub_dataset(text, options["name"], options["revision"])
+        return _from_tables(_named_splits(found, repr(text)), repr(text), **columns)
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     raise DataError(
         f"There is no file or folder {text!r}.{did_you_mean(path.name, siblings)} "
         "For a data set on the Hub, write its full name, user/name."
     )
+
+
+def _hub_name(source: Any) -> str | None:
+    """Returns the name of a data set on the Hub; None for what is a path or no name at all."""
+    if not isinstance(source, str) or not _HUB_NAME.fullmatch(source):
+        return None
+    path = Path(source).expanduser().absolute()
+    return None if path.exists() or path.parent.is_dir() else source
 
 
 def _from_folder(root: Path, *, image_column: str | None, label_column: str | None) -> dict[str, Dataset]:
@@ -169,22 +195,6 @@ def _from_parquet(tables: list[Path], root: Path, **columns: str | None) -> dict
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"Cannot read the parquet files of {str(root)!r}: {_root_cause(error)}") from error
     return _from_tables(dict(splits), repr(str(root)), **columns)
-
-
-def _from_hub(source: str, name: str | None, revision: str | None, **columns: str | None) -> dict[str, Dataset]:
-    try:
-        found = load_dataset(source, name, revision=revision)
-    except ConnectionError as error:
-        raise DataError(
-            f"Cannot reach the data set {source!r} on the Hub, and there is no such folder here: {error}. Check the "
-            "name and the network (HF_HUB_OFFLINE must be unset), or pass a folder."
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"Cannot load the data set {source!r} from the Hub, and there is no such folder here: {_root_cause(error)} "
-            "For a private one, log in (`hf auth login`); for one with several configurations, pass name."
-        ) from error
-    return _from_tables(_named_splits(found, repr(source)), repr(source), **columns)
 
 
 def _named_splits(found: Mapping[Any, Dataset], where: str) -> dict[str, Dataset]:

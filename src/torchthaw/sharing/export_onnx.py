@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def export_onnx(
         `files`, `input`, `output`, `opset`, and `largest_difference` of any two logits with `largest_logit`.
 
     Raises:
-        SharingError: there is no such model, `output` exists, a package is missing, or the exporter gives up.
+        SharingError: there is no such model, `output` exists, a package is missing, the exporter gives up, or
+            onnxruntime cannot run what it wrote.
         SavedModelError: onnxruntime gives other logits; nothing is written.
     """
     _check_packages()
@@ -85,7 +87,13 @@ def export_onnx(
     with new_folder(output) as folder:
         file = folder / MODEL_FILE
         opset = _export(exported, _images(2, height, width, uint8=preprocessing), name, file, opset, description)
-        difference, scale = _compare(exported, file, name, height, width, uint8=preprocessing)
+        try:
+            difference, scale = _compare(exported, file, name, height, width, uint8=preprocessing)
+        except Exception as error:
+            raise SharingError(
+                f"onnxruntime cannot run {model.config.architecture} in opset {opset}: {_reason(error)}; pass a "
+                "smaller --opset, or update onnxruntime"
+            ) from error
         if not difference <= TOLERANCE * scale:
             raise SavedModelError(
                 f"onnxruntime gives logits for {model.config.architecture} that differ by up to {difference:.3g} from "
@@ -139,14 +147,21 @@ def _export(
             program.model.metadata_props.update({**properties, "torchthaw": __version__})
             program.save(str(file))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SharingError(
-            f"{architecture} could not be exported to ONNX with torch {torch.__version__}: {reason[:300]}"
+            f"{architecture} could not be exported to ONNX with torch {torch.__version__} and onnxscript "
+            f"{version('onnxscript')}: {_reason(error)}; try --to torchvision, or other versions of the two"
         ) from error
     made = int(program.model.opset_imports[""])
     if opset is not None and made != opset:
         raise SharingError(f"{architecture} cannot be written in opset {opset}, only in {made}; leave the opset out")
     return made
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the first line of what went wrong at the bottom: the exporter wraps errors into its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _compare(

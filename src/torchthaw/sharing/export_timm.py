@@ -1,7 +1,9 @@
-"""Export to timm, for the architectures that timm builds with the same layers under the same names."""
+"""Export to timm, for the architectures that timm builds with the same layers."""
 
+import contextlib
 import importlib
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +14,11 @@ from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.errors import SavedModelError, SharingError
 from torchthaw.sharing.saved_models import image_shape, load_saved, new_folder, write_json
+from torchthaw.sharing.timm_names import TIMM_NAMES, renamed_for_timm, timm_arguments
 
 WEIGHTS_FILE = "model.safetensors"
-# torchvision's name -> timm's.
-SAME_KEYS = {
-    "densenet121": "densenet121",
-    "densenet161": "densenet161",
-    "densenet169": "densenet169",
-    "densenet201": "densenet201",
-    "inception_v3": "inception_v3",
-    "resnet18": "resnet18",
-    "resnet34": "resnet34",
-    "resnet50": "resnet50",
-    "resnet101": "resnet101",
-    "resnet152": "resnet152",
-    "resnext50_32x4d": "resnext50_32x4d",
-    "resnext101_32x8d": "resnext101_32x8d",
-    "resnext101_64x4d": "resnext101_64x4d",
-    "wide_resnet50_2": "wide_resnet50_2",
-    "wide_resnet101_2": "wide_resnet101_2",
-}
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-# torch runs the same operations in both, but may choose another algorithm for a convolution.
+# Relative to the largest logit: torch runs the same operations in both, but may choose another algorithm.
 TOLERANCE = 1e-5
 
 
@@ -45,18 +30,18 @@ def export_timm(source: str | Path, output: str | Path) -> dict[str, Any]:
         output: A folder to make, as timm keeps models on the Hub: `config.json` and `model.safetensors`.
 
     Returns:
-        `files`, `largest_difference` of the logits, and `load`, the lines of Python.
+        `files`, `architecture` (timm's name), `largest_difference` of the logits, and `load`, the lines of Python.
 
     Raises:
-        SharingError: there is no such model, timm has none with the same names, timm is missing, or `output` exists.
+        SharingError: there is no such model, timm has none with the same layers, timm is missing, or `output` exists.
         SavedModelError: timm's model gives other logits; nothing is written.
     """
     model, processor = load_saved(source)
     architecture = model.config.architecture
-    if architecture not in SAME_KEYS:
+    if architecture not in TIMM_NAMES:
         raise SharingError(
-            f"timm has no {architecture} with torchvision's layer names; those that can be exported are "
-            f"{', '.join(SAME_KEYS)}. For {architecture}, write --to onnx or --to torchvision."
+            f"timm has no {architecture} with torchvision's layers; those that can be exported are "
+            f"{', '.join(TIMM_NAMES)}. For {architecture}, write --to onnx or --to torchvision."
         )
     if model.config.transform_input:
         # For weights that were trained on images between -1 and 1; timm has no such step.
@@ -67,46 +52,70 @@ def export_timm(source: str | Path, output: str | Path) -> dict[str, Any]:
     if importlib.util.find_spec("timm") is None:
         raise SharingError("export to timm needs timm; install it with: pip install timm")
     timm = importlib.import_module("timm")
-    weights = {
-        name: tensor.contiguous()
-        for name, tensor in model.backbone.state_dict().items()
-        if not name.startswith("AuxLogits.")
-    }
+    name = TIMM_NAMES[architecture]
+    height, width = image_shape(model, processor)
+    arguments = timm_arguments(architecture, height, width)
+    options = {"num_classes": model.config.num_labels, **arguments}
     with new_folder(output) as folder:
+        with _named_errors(name, timm.__version__):
+            empty = timm.create_model(name, **options).state_dict()
+        weights = renamed_for_timm(model.backbone.state_dict(), empty)
+        if weights is None:
+            raise SharingError(f"{name} of timm {timm.__version__} has other layers than torchvision's {architecture}")
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(folder / "config.json", _config(model, processor))
-        other = timm.create_model(
-            SAME_KEYS[architecture], num_classes=model.config.num_labels, checkpoint_path=str(folder / WEIGHTS_FILE)
-        ).eval()
-        images = torch.randn(2, 3, *image_shape(model, processor), generator=torch.Generator().manual_seed(0))
+        config = _config(model, processor, timm.get_pretrained_cfg(name).to_dict(), arguments)
+        write_json(folder / "config.json", config)
+        with _named_errors(name, timm.__version__):
+            other = timm.create_model(name, **options, checkpoint_path=str(folder / WEIGHTS_FILE)).eval()
+        images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             expected = model(pixel_values=images).logits
-            difference = float((other(images) - expected).abs().max())
-        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+            with _named_errors(name, timm.__version__):
+                difference = float((other(images) - expected).abs().max())
+        if not difference <= TOLERANCE * float(expected.abs().max()):
             raise SavedModelError(
-                f"timm's {SAME_KEYS[architecture]} gives logits that differ by up to {difference:.3g} from those of "
-                f"{source}; nothing was written"
+                f"timm's {name} gives logits that differ by up to {difference:.3g} from those of {source} for images "
+                f"of {height} x {width} pixels; nothing was written. Write --to onnx or --to torchvision."
             )
     file = str(Path(output) / WEIGHTS_FILE)
-    options = f"num_classes={model.config.num_labels}, checkpoint_path={file!r}"
-    load = ["import timm", f"model = timm.create_model({SAME_KEYS[architecture]!r}, {options}).eval()"]
+    written = ", ".join(f"{key}={value!r}" for key, value in {**options, "checkpoint_path": file}.items())
+    load = ["import timm", f"model = timm.create_model({name!r}, {written}).eval()"]
     files = [str(Path(output) / "config.json"), file]
-    return {"files": files, "largest_difference": difference, "load": load}
+    return {"files": files, "architecture": name, "largest_difference": difference, "load": load}
 
 
-def _config(model: TorchvisionForImageClassification, processor: TorchvisionImageProcessor) -> dict[str, Any]:
+@contextlib.contextmanager
+def _named_errors(name: str, version: str) -> Any:
+    """Turns whatever timm raises into one message."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SharingError(f"timm {version} cannot use the weights as its {name}: {reason[:300]}") from error
+
+
+def _config(
+    model: TorchvisionForImageClassification,
+    processor: TorchvisionImageProcessor,
+    own: dict[str, Any],
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
     height, width = image_shape(model, processor)
     before_crop = min(processor.size.values()) if processor.do_resize else height
     keeps_shape = "shortest_edge" in processor.size
+    # timm resizes to floor(height / crop_pct): rounded down, the quotient is at least what it shall be.
+    share = math.floor(height / before_crop * 1e6) / 1e6 if processor.do_center_crop else 1.0
     return {
-        "architecture": SAME_KEYS[model.config.architecture],
+        "architecture": TIMM_NAMES[model.config.architecture],
         "num_classes": model.config.num_labels,
         "label_names": model.config.class_names,
+        **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
+            # Which layers are replaced for other classes or channels: timm asks for their names.
+            **{key: own[key] for key in ("first_conv", "classifier", "fixed_input_size") if key in own},
             "input_size": [3, height, width],
-            "fixed_input_size": False,
             "interpolation": _INTERPOLATION.get(processor.resample, "bilinear"),
-            "crop_pct": round(height / before_crop, 6) if processor.do_center_crop else 1.0,
+            "crop_pct": share,
             "crop_mode": "center" if keeps_shape else "squash",
             "mean": processor.image_mean if processor.do_normalize else [0.0, 0.0, 0.0],
             "std": processor.image_std if processor.do_normalize else [1.0, 1.0, 1.0],

@@ -99,7 +99,7 @@ def _root(error: BaseException) -> BaseException:
     found = error
     while not isinstance(found, HTTPError) and found.__cause__ is not None:
         found = found.__cause__
-    return found if isinstance(found, HTTPError) else error
+    return found if isinstance(found, HTTPError) or _is_connection(found) else error
 
 
 def _status(error: BaseException) -> int | None:
@@ -107,7 +107,9 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_connection(error: BaseException) -> bool:
-    return isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError)
+    # huggingface_hub 1.5 says that its client is closed where it tries again after a refused connection.
+    closed = isinstance(error, RuntimeError) and "client has been closed" in str(error)
+    return closed or (isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError))
 
 
 def _may_pass(error: BaseException) -> bool:

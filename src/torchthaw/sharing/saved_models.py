@@ -9,6 +9,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import torch
+
+from torchthaw.backbones.anatomy import family_of
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.errors import SharingError
@@ -17,17 +20,22 @@ from torchthaw.errors import SharingError
 def load_saved(source: str | Path) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:
     """Loads a model, in eval mode on the CPU, and its processor, from a folder or Hub repository that torchthaw saved.
 
+    Weights that were saved in 16 bits are loaded as float32, which has all their values.
+
     Raises:
-        SharingError: there is no such model.
+        SharingError: there is no such model, or weights are not finite.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise SharingError(f"{source} holds no config.json, so it is no saved model; pass the output folder of a run")
     try:
-        model = TorchvisionForImageClassification.from_pretrained(source)
+        model = TorchvisionForImageClassification.from_pretrained(source, dtype=torch.float32)
         processor = TorchvisionImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise SharingError(f"no model could be loaded from {str(source)!r}: {error}") from error
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise SharingError(f"{source} has weights that are not finite, in {', '.join(broken[:3])}; pass another model")
     return model.eval(), processor
 
 
@@ -76,13 +84,23 @@ def describe_input(model: TorchvisionForImageClassification, processor: Torchvis
 
 
 def image_shape(model: TorchvisionForImageClassification, processor: TorchvisionImageProcessor) -> tuple[int, int]:
-    """Returns height and width of the images that the model gets from its processor, in pixels."""
+    """Returns height and width of the images that the model gets from its processor, in pixels.
+
+    Raises:
+        SharingError: the network takes images of another size only.
+    """
+    side = model.config.image_size or 224
+    height = width = side
     if processor.do_center_crop:
-        return processor.crop_size["height"], processor.crop_size["width"]
-    if processor.do_resize and "height" in processor.size:
-        return processor.size["height"], processor.size["width"]
-    size = model.config.image_size or 224
-    return size, size
+        height, width = processor.crop_size["height"], processor.crop_size["width"]
+    elif processor.do_resize and "height" in processor.size:
+        height, width = processor.size["height"], processor.size["width"]
+    if family_of(model.config.architecture).fixed_size and (height, width) != (side, side):
+        raise SharingError(
+            f"the {model.config.architecture} takes images of {side} x {side} pixels, and its image processor makes "
+            f"{height} x {width}; correct the sizes in preprocessor_config.json"
+        )
+    return height, width
 
 
 def write_json(file: Path, document: Any) -> None:

@@ -5,6 +5,7 @@ increasing inference time" (ICML 2022). WiSE-FT: Wortsman et al., "Robust fine-t
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,12 @@ def uniform_soup(folders: Sequence[str | Path], score: Score) -> Soup:
     """
     models, processor = _load_alike(folders)
     names = [str(folder) for folder in folders]
-    steps = [{"tried": [name], "score": score(model)} for name, model in zip(names, models, strict=True)]
+    steps = [{"tried": [name], "score": _finite(score(model), name)} for name, model in zip(names, models, strict=True)]
     states = [_copy(model) for model in models]
     shares = [1 / len(states)] * len(states)
     mixed = models[0]
     mixed.load_state_dict(average_weights(states, shares))
-    found = score(mixed)
+    found = _finite(score(mixed), "the average")
     steps.append({"tried": names, "score": found})
     return Soup("uniform", mixed, processor, found, steps, dict(zip(names, shares, strict=True)))
 
@@ -120,7 +121,7 @@ def greedy_soup(folders: Sequence[str | Path], score: Score) -> Soup:
         SharingError: the models cannot be averaged.
     """
     models, processor = _load_alike(folders)
-    scores = [score(model) for model in models]
+    scores = [_finite(score(model), folder) for model, folder in zip(models, folders, strict=True)]
     states = [_copy(model) for model in models]
     order = sorted(range(len(models)), key=lambda number: -scores[number])
     steps = [{"tried": [str(folders[number])], "score": scores[number], "kept": False} for number in order]
@@ -129,7 +130,7 @@ def greedy_soup(folders: Sequence[str | Path], score: Score) -> Soup:
     for number in order[1:]:
         trial = [*chosen, number]
         mixed.load_state_dict(average_weights([states[member] for member in trial], [1 / len(trial)] * len(trial)))
-        found = score(mixed)
+        found = _finite(score(mixed), f"the average with {folders[number]}")
         kept = found >= best
         steps.append({"tried": [str(folders[member]) for member in trial], "score": found, "kept": kept})
         if kept:
@@ -157,13 +158,17 @@ def wise_ft(start: str | Path, tuned: str | Path, score: Score, alphas: Sequence
     wrong = [alpha for alpha in alphas if not 0 <= alpha <= 1]
     if wrong or not alphas:
         raise SharingError(f"the shares of the fine-tuned weights are {list(alphas)}; write numbers from 0 to 1")
+    if Path(start).resolve() == Path(tuned).resolve():
+        raise SharingError(
+            f"{tuned} cannot be mixed with itself; pass the weights from before the fine-tuning as start"
+        )
     model, processor = load_saved(tuned)
     after = _copy(model)
     before = _start(start, model, tuned, processor)
     steps = []
     for alpha in sorted(set(alphas)):
         model.load_state_dict(average_weights([after, before], [alpha, 1 - alpha]))
-        steps.append({"alpha": alpha, "score": score(model)})
+        steps.append({"alpha": alpha, "score": _finite(score(model), f"the mixture of share {alpha}")})
     best = max(steps, key=lambda step: (step["score"], step["alpha"]))
     alpha = best["alpha"]
     model.load_state_dict(average_weights([after, before], [alpha, 1 - alpha]))
@@ -177,9 +182,10 @@ def _start(
     tuned: str | Path,
     processor: TorchvisionImageProcessor,
 ) -> State:
-    if (Path(start) / "config.json").is_file():
+    if Path(start).is_dir():
         other, others_processor = load_saved(start)
-        if other.config.class_names == model.config.class_names:
+        # In another order they are a mistake; other classes are those of pretrained weights.
+        if sorted(other.config.class_names) == sorted(model.config.class_names):
             _check_alike(start, other, others_processor, tuned, model, processor)
             return _copy(other)
     config = model.config
@@ -221,6 +227,7 @@ def _check_alike(
     facts = {
         "architecture": (model.config.architecture, other.config.architecture),
         "classes": (model.config.class_names, other.config.class_names),
+        "problem_type": (model.config.problem_type, other.config.problem_type),
         "transform_input": (model.config.transform_input, other.config.transform_input),
         "image processor": (_settings(processor), _settings(others_processor)),
     }
@@ -237,6 +244,13 @@ def _check_alike(
 
 def _settings(processor: TorchvisionImageProcessor) -> dict[str, Any]:
     return {key: value for key, value in processor.to_dict().items() if key != "auto_map"}
+
+
+def _finite(found: float, what: str | Path) -> float:
+    """Refuses a score that cannot be compared."""
+    if not math.isfinite(found):
+        raise SharingError(f"the score of {what} is {found}, which cannot be compared; measure something else")
+    return found
 
 
 def _copy(model: TorchvisionForImageClassification) -> dict[str, torch.Tensor]:
