@@ -22,6 +22,7 @@ from torchthaw.data.images import BadImage, check_images
 from torchthaw.data.loading import load_image_dataset
 from torchthaw.data.splitting import split_dataset
 from torchthaw.errors import DataError, ThawError
+from torchthaw.evaluation.inference import best_device
 from torchthaw.recipe import DataRecipe, Recipe
 from torchthaw.stages.presets import fill_defaults
 from torchthaw.training.arguments import ThawTrainingArguments
@@ -178,6 +179,8 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path) -> ThawTrai
             report_to=list(recipe.report_to),
             dataloader_num_workers=recipe.num_workers,
             seed=recipe.seed,
+            # Without being told, accelerate leaves several processes on CPUs to themselves.
+            use_cpu=best_device().type == "cpu",
             disable_tqdm=True,
         )
 

@@ -376,6 +376,8 @@ def test_the_command_line_gives_one_document_and_one_folder(make_image_folder, t
     assert results == json.loads((out / "results.json").read_text())
     assert [stage["name"] for stage in results["stages"]] == ["head", "all"]
     assert results["test"]["num_images"] == results["num_images"]["test"] == 9
+    # Each step takes the batches of both processes: 22 images are 3 steps of 8, not 6 of 4.
+    assert [stage["steps"] for stage in results["stages"]] == [3, 3]
     assert [path.name for path in tmp_path.iterdir() if path != data] == ["out"]
     assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors", "recipe.yaml", "stages"}
     assert json.loads((out / "stages" / "journal.json").read_text())["finished"] is True

@@ -108,7 +108,9 @@ def state_of(root):
 def run_push(folder, repo, hub, **options):
     """A push by a process of its own; returns it."""
     program = (
-        "import sys; from torchthaw.errors import ThawError\n"
+        # Shells start what runs in the background with this signal ignored.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from torchthaw.errors import ThawError\n"
         "from torchthaw.sharing.hub import push_folder\n"
         "try: print(push_folder(sys.argv[1], sys.argv[2], say=print).commit)\n"
         "except ThawError as error: sys.exit(str(error))"

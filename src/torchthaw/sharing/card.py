@@ -138,7 +138,7 @@ def _check(card: str, where: str) -> None:
     """Lets huggingface_hub read the front matter, as it does before a push."""
     try:
         ModelCard(card)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise SharingError(
             f"the front matter of {where} does not fit the Hub: {error}; mend or remove that key"
         ) from error

@@ -17,6 +17,7 @@ from torch import nn
 
 from torchthaw import errors
 from torchthaw.errors import ThawError, TrainingError
+from torchthaw.evaluation.inference import best_device
 from torchthaw.stages.proof import digest
 
 T = TypeVar("T")
@@ -28,7 +29,8 @@ def join() -> None:
     """Meets the other processes, if `torchrun` or `accelerate launch` started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         with _stdout_kept_free():
-            PartialState()
+            # Without being told, accelerate leaves processes on CPUs to themselves.
+            PartialState(cpu=best_device().type == "cpu")
 
 
 @contextmanager

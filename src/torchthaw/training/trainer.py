@@ -1,6 +1,7 @@
 """`ThawTrainer`: the Hugging Face Trainer for staged fine-tuning of torchvision classifiers."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -98,6 +99,12 @@ class ThawTrainer(ReportingTrainer):
             raise PlanError(
                 "the launcher asks for FSDP or DeepSpeed, but stages change what is trainable, which neither allows in "
                 "one run; choose multi-GPU (DDP) in `accelerate config`, or start with torchrun"
+            )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and self.args.world_size == 1:
+            raise PlanError(
+                f"{started} processes were started, but each would train for itself, since there is no GPU for them; "
+                "pass ThawTrainingArguments(use_cpu=True) to train together on CPUs"
             )
         # `model_init` makes its model only here.
         complete_arguments(args, self.model)
