@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Files with few, long tests; begun last, they would keep one process busy while the others wait.
+LONG = {"test_kill_anywhere", "test_two_processes", "test_trainer_pushes", "test_export_onnx", "test_saved_folder"}
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(scope="session")
