@@ -154,7 +154,7 @@ def test_a_full_disk_is_one_message(run, monkeypatch, make_image_folder, tmp_pat
         with Path("/dev/full").open("w", encoding="utf-8") as full:
             full.write(text)
 
-    monkeypatch.setattr("torchthaw.run._write", fill)
+    monkeypatch.setattr("torchthaw.single_run._write", fill)
     code, _, stderr = run("train", "staged", "--data", make_image_folder(), *SMALL, "--output", tmp_path / "new")
     assert code == 1
     assert "no space left on the disk" in stderr

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from torchthaw.backbones.configuration import TorchvisionConfig
     from torchthaw.backbones.image_processing import TorchvisionImageProcessor
     from torchthaw.backbones.modeling import TorchvisionForImageClassification, TorchvisionModel
+    from torchthaw.data.audit.audit import audit_dataset
     from torchthaw.data.loading import load_image_dataset
-    from torchthaw.data.splitting import split_dataset
+    from torchthaw.data.splitting import fold_dataset, split_dataset
     from torchthaw.evaluation.metrics import ClassificationMetrics
     from torchthaw.stages.param_groups import param_groups
     from torchthaw.stages.plan import Stage, StagePlan
@@ -35,6 +36,8 @@ __all__ = [
     "TorchvisionImageProcessor",
     "TorchvisionModel",
     "__version__",
+    "audit_dataset",
+    "fold_dataset",
     "load_image_dataset",
     "param_groups",
     "split_dataset",
@@ -50,6 +53,8 @@ _MODULE_OF = {
     "TorchvisionForImageClassification": "torchthaw.backbones.modeling",
     "TorchvisionImageProcessor": "torchthaw.backbones.image_processing",
     "TorchvisionModel": "torchthaw.backbones.modeling",
+    "audit_dataset": "torchthaw.data.audit.audit",
+    "fold_dataset": "torchthaw.data.splitting",
     "load_image_dataset": "torchthaw.data.loading",
     "param_groups": "torchthaw.stages.param_groups",
     "split_dataset": "torchthaw.data.splitting",

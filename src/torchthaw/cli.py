@@ -4,6 +4,7 @@ import errno
 import json
 import shlex
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,15 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", "-d", help="Folder of images, parquet file, Hub data set (user/name), or builtin:digits."),
 ]
+
+
+class SplitUnit(str, Enum):
+    """What a cut keeps apart."""
+
+    auto = "auto"
+    image = "image"
+    group = "group"
+    time = "time"
 
 
 def main() -> None:
@@ -118,6 +128,62 @@ def train(
         _print_json(results)
 
 
+@app.command(
+    epilog="Examples: `torchthaw audit photos`; as it would be cut for training, by patient: "
+    "`torchthaw audit photos --validation 0.15 --group '(patient\\d+)'`; "
+    "cleaned: `torchthaw audit photos --fix clean.csv`, then `torchthaw train staged -d photos --set "
+    "data.splits=clean.csv`"
+)
+def audit(
+    data: Annotated[str, typer.Argument(help="Folder of images, parquet file, Hub data set, or a recipe file.")],
+    validation: Annotated[float, typer.Option(min=0, help="Cut off this share (or number) before looking.")] = 0.0,
+    test: Annotated[float, typer.Option(min=0, help="Likewise for a test split.")] = 0.0,
+    group: Annotated[
+        str | None,
+        typer.Option(help="What belongs together: a column, a CSV, or a pattern with one (group) over the paths."),
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="When images were taken: a column, or exif.")] = None,
+    split_by: Annotated[SplitUnit, typer.Option(help="What the cut keeps apart.")] = SplitUnit.auto,
+    splits: Annotated[Path | None, typer.Option(help="A list of splits, such as --fix writes.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", "-b", help="Look for suspicious labels with this torchvision model.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option("--weights", "-w", help="Its weights: a name, a file, or a folder.")
+    ] = "DEFAULT",
+    seed: Annotated[int, typer.Option(min=0, help="Of the cut.")] = 0,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a cleaned list of splits to this file; no image is touched.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all findings to this JSON file.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 if a finding fails.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Look for what makes figures too good or training break: copies, leaks, bad files, odd labels."""
+    from torchthaw.audits import audit_data
+    from torchthaw.console import Reporter
+    from torchthaw.recipe import data_section
+
+    given = {
+        "group": group, "time": time, "split_by": split_by.value, "splits": None if splits is None else str(splits),
+        "validation": _share(validation), "test": _share(test),
+    }  # fmt: skip
+    if output is not None and output.exists():
+        raise ThawError(f"{output} exists, and nothing is overwritten; write another name after --output")
+    section = data_section(data, {key: value for key, value in given.items() if value not in (None, "auto", 0)})
+    document = audit_data(
+        section, seed=seed, reporter=Reporter(quiet=quiet), backbone=backbone, weights=weights, fix=fix
+    )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    if as_json:
+        _print_json(document)
+    if strict and document["verdict"] == "fail":
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `torchthaw evaluate thaw-staged --data photos --split validation`")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder or Hub repository that torchthaw saved.")],
@@ -191,6 +257,11 @@ def _width(rows: list[dict[str, Any]], key: str) -> int:
 def _printable(text: str) -> str:
     """Keeps control characters of file and class names from reaching the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _share(value: float) -> float | int:
+    """Reads a number above 1 as a number of images."""
+    return int(value) if value >= 1 else value
 
 
 def _print_json(document: Any) -> None:

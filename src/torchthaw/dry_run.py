@@ -12,13 +12,17 @@ from torchthaw.backbones.configuration import TorchvisionConfig
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.console import Reporter
+from torchthaw.cross_validation import make_folds, prepare_images
+from torchthaw.data_preparation import selection_metric
 from torchthaw.errors import WeightsError
-from torchthaw.preparation import as_user_error, check_model, prepare_data, selection_metric, training_arguments
+from torchthaw.preparation import check_model, training_arguments
 from torchthaw.recipe import Recipe
 from torchthaw.stages.freezing import batch_norms, freeze_for_stage, resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
 from torchthaw.training.completion import check_data, complete_arguments, full_plan
+from torchthaw.training.imbalance import ImbalanceSettings, settle
+from torchthaw.user_errors import as_user_error
 
 FROZEN = "frozen"
 _METRIC_NAMES = {"macro_f1": "macro F1"}
@@ -46,35 +50,57 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
 
     Returns:
         Plain JSON data: `stages` (see `plan_rows`), `num_images` by split, `total_steps`, and the settings of the run.
+        Of a cross-validation, `stages` are those of its first fold, `total_steps` those of all folds, and
+        `cross_validation` has the `folds`, `num_images` and `steps` of each, and `final_steps`, the most that a final
+        model takes (None without one).
 
     Raises:
         ThawError: something that the recipe names does not exist or fit.
     """
     check_model(recipe)
-    data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
+    data = prepare_images(recipe, reporter, features=False)
     metric = selection_metric(recipe, data)
     settings = RunSettings(recipe.optimizer, recipe.batch_size, _image_size(recipe), recipe.max_grad_norm)
     with as_user_error():
         # The folder is only a name here: arguments write nothing.
         arguments = training_arguments(recipe, metric=metric, folder=Path("stages"))
         check_data(arguments, data.splits["train"])
+        folds = [data] if recipe.cv is None else make_folds(recipe, data, metric)
         model = _empty_model(recipe, data.class_names, settings.image_size)
         complete_arguments(arguments, model)
+        balance = settle(
+            ImbalanceSettings.of(arguments),
+            labels=data.splits["train"]["label"],
+            class_names=data.class_names,
+            several_labels=False,
+        )
     plan = full_plan(arguments, model)
     sizes = {split: len(images) for split, images in data.splits.items()}
-    stages = plan_rows(model, plan, num_images=sizes["train"], settings=settings)
-    document = {
+    fold_sizes = [{split: len(images) for split, images in fold.splits.items()} for fold in folds]
+    planned = [plan_rows(model, plan, num_images=fold["train"], settings=settings) for fold in fold_sizes]
+    steps = [_steps(stages) for stages in planned]
+    stages = planned[0]
+    document: dict[str, Any] = {
         "backbone": recipe.backbone,
         "weights": recipe.weights,
         "plan": plan.name,
         **asdict(settings),
         "metric": metric,
         "gate": {"gate": recipe.gate, "min_gain": recipe.min_gain, "on_reject": recipe.on_reject},
+        "imbalance": balance.to_dict(),
         "num_images": sizes,
-        "total_steps": sum(stage["steps"] for stage in stages),
+        "total_steps": sum(steps),
         "stages": stages,
     }
-    _print(document, plan, settings, reporter)
+    if recipe.cv is not None:
+        everything = plan_rows(model, plan, num_images=sizes["train"], settings=settings)
+        document["cross_validation"] = {
+            "folds": recipe.cv,
+            "num_images": fold_sizes,
+            "steps": steps,
+            "final_steps": _steps(everything) if recipe.cv_final else None,
+        }
+    _print(document, plan, settings, reporter, balance.sentences(metric))
     return document
 
 
@@ -181,7 +207,9 @@ def _image_size(recipe: Recipe) -> int:
     return int(processor.crop_size["height"])
 
 
-def _print(document: Mapping[str, Any], plan: StagePlan, settings: RunSettings, reporter: Reporter) -> None:
+def _print(
+    document: Mapping[str, Any], plan: StagePlan, settings: RunSettings, reporter: Reporter, on_imbalance: list[str]
+) -> None:
     stages = document["stages"]
     clipping = f"gradients clipped to {settings.max_grad_norm:g}" if settings.max_grad_norm else "no clipping"
     reporter.say(
@@ -210,7 +238,8 @@ def _print(document: Mapping[str, Any], plan: StagePlan, settings: RunSettings, 
             ("layer group", "parameters", "train", "learning rate", "weight decay", "not decayed", "BatchNorm"),
             [_cells(group) for group in stage["groups"]],
         )
-    for line in (_frozen_line(plan), _gate_line(document), _total_line(document)):
+    last = _fold_lines(document) if "cross_validation" in document else [_total_line(document)]
+    for line in (_frozen_line(plan), _gate_line(document), *on_imbalance, *last):
         reporter.say(line)
 
 
@@ -256,3 +285,33 @@ def _gate_line(document: Mapping[str, Any]) -> str:
 def _total_line(document: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{count} {split}" for split, count in document["num_images"].items())
     return f"In all {document['total_steps']} steps on one process; images: {sizes}. Nothing was trained or written."
+
+
+def _fold_lines(document: Mapping[str, Any]) -> list[str]:
+    crossed = document["cross_validation"]
+    trained, validated = (_span([sizes[split] for sizes in crossed["num_images"]]) for split in ("train", "validation"))
+    lines = [
+        f"Cross-validation: {crossed['folds']} folds of {document['num_images']['train']} images, each trained on "
+        f"{trained} and validated on {validated} of them; the stages above are those of the first."
+    ]
+    if crossed["final_steps"] is not None:
+        lines.append(
+            f"Then a final model is trained on all of them, in at most {crossed['final_steps']} further steps."
+        )
+    if "test" in document["num_images"]:
+        number = document["num_images"]["test"]
+        read = "read once, by the final model" if crossed["final_steps"] is not None else "not read: cv_final is false"
+        lines.append(f"The {number} test images are in no fold, and are {read}.")
+    lines.append(
+        f"In all {document['total_steps']} steps on one process for the folds. Nothing was trained or written."
+    )
+    return lines
+
+
+def _span(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _steps(stages: list[dict[str, Any]]) -> int:
+    return sum(stage["steps"] for stage in stages)

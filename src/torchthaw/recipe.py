@@ -18,6 +18,7 @@ from torchthaw.errors import RecipeError, ThawError, did_you_mean
 from torchthaw.sharing.card_options import CardOptions
 from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import make_plan
+from torchthaw.training.imbalance import ImbalanceSettings
 
 
 class _Section(BaseModel):
@@ -36,6 +37,14 @@ class DataRecipe(_Section):
         label_column: Column of labels; None finds it.
         validation: Share (below 1) or number of training images to cut off for validation where the data has none.
         test: Likewise for a test split; 0 makes none.
+        group: What tells images apart that are not independent of each other (patient, product, scene): a column, a
+            CSV with the columns `path` and `group`, or a regular expression with one capture group over the paths.
+            None takes the file `groups.csv` of the data's folder, where there is one; `none` leaves it aside.
+        time: When an image was taken: a column, or `exif`.
+        split_by: What splits and folds keep apart: `image`, `group`, `time` (the latest for testing), or `auto`, by
+            group where groups are known, else by time where `time` is given, else by image.
+        splits: A CSV with the columns `path` and `split` (`train`, `validation`, `test` or `drop`), such as
+            `torchthaw audit DATA --fix FILE` writes; None takes the splits that the data has.
         on_bad_image: `fail` lists unreadable images and stops; `drop` lists them and goes on without.
     """
 
@@ -47,6 +56,10 @@ class DataRecipe(_Section):
     label_column: str | None = None
     validation: float | int = 0.15
     test: float | int = 0.0
+    group: str | None = None
+    time: str | None = None
+    split_by: Literal["auto", "image", "group", "time"] = "auto"
+    splits: str | None = None
     on_bad_image: Literal["fail", "drop"] = "fail"
 
 
@@ -72,6 +85,13 @@ class Recipe(_Section):
         weights: `DEFAULT` or another name of torchvision's weights, a file, a saved folder or Hub repository,
             `builtin`, or null for random weights.
         data: The images.
+        audit: What is done with the audit of the data, which comes first: `warn` tells what it found and goes on,
+            `strict` stops where a finding fails, `off` only checks that all images can be decoded.
+        cv: Number of folds of a cross-validation: every training image is validated once, by a model that was trained
+            on the other folds (by time: on what came before), and `data.validation` has no effect; null trains one
+            model.
+        cv_final: Whether a cross-validation ends with a model that is trained on the images of all folds; it alone
+            reads the test images.
         plan: `head`, `partial`, `two_phase`, `staged` or `full`; not together with `stages`.
         epochs: Length of the plan, shared out over its stages; None takes 7.
         stages: Explicit stages instead of `plan`, with the keys of `Stage`.
@@ -92,6 +112,15 @@ class Recipe(_Section):
             their own `max_grad_norm`, `batch_size`, `image_size` and `augmentation`.
         max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
         label_smoothing: Share of each label spread over all classes.
+        imbalance: `auto` sets the next three by the numbers of training images of the classes; null does nothing, and
+            says what could be done where they are uneven; `off` does not say it.
+        class_weights: Weights of classes in the training loss: `balanced`, `sqrt`, or a weight for each class name, 1
+            for those that are left out.
+        sampling: Draws training images by class: `balanced` or `sqrt`; null takes each image once an epoch.
+        loss: What training minimises: `cross_entropy`, `focal` or `logit_adjusted`; validation always measures plain
+            cross entropy.
+        focal_gamma: Focusing of the focal loss.
+        logit_adjustment: tau of the logit adjusted loss.
         dropout: Dropout before the head, where the architecture has it; None keeps torchvision's.
         stochastic_depth: Likewise.
         report_to: Reporters of transformers, such as `tensorboard`, or `codecarbon`, of which the card states the CO2.
@@ -105,6 +134,9 @@ class Recipe(_Section):
     backbone: str
     weights: str | None = "DEFAULT"
     data: DataRecipe = DataRecipe()
+    audit: Literal["strict", "warn", "off"] = "warn"
+    cv: int | None = Field(default=None, ge=2)
+    cv_final: bool = False
     plan: str | None = None
     epochs: int | None = Field(default=None, ge=1)
     stages: tuple[dict[str, Any], ...] | None = None
@@ -120,6 +152,12 @@ class Recipe(_Section):
     optimizer: str = "adamw_torch"
     max_grad_norm: float = Field(default=1.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    imbalance: str | None = None
+    class_weights: str | dict[str | int | float | bool, float] | None = None
+    sampling: str | None = None
+    loss: str = "cross_entropy"
+    focal_gamma: float = 2.0
+    logit_adjustment: float = 1.0
     dropout: float | None = Field(default=None, ge=0, lt=1)
     stochastic_depth: float | None = Field(default=None, ge=0, lt=1)
     report_to: tuple[str, ...] = ()
@@ -205,6 +243,25 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     recipe = _validate(data, where)
     _check_consistency(recipe, where)
     return recipe
+
+
+def data_section(source: str, given: Mapping[str, Any]) -> DataRecipe:
+    """Returns the data section for a folder, a table or a Hub data set, or that of a recipe file.
+
+    Args:
+        source: What was named.
+        given: Keys that replace the section's. A folder's splits are left as they are without them; a recipe's are
+            cut.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or a value does not fit.
+    """
+    if Path(source).suffix.lower() in (".yaml", ".yml"):
+        return load_recipe(source, {f"data.{key}": value for key, value in given.items()}).data
+    try:
+        return DataRecipe.model_validate({"path": source, "validation": 0.0, **given})
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -294,6 +351,14 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
             )
     if recipe.data.path is None and recipe.data.name is None:
         raise RecipeError(f"{where} names no data; pass --data FOLDER, or write data: {{path: FOLDER}}")
+    if recipe.cv is None and recipe.cv_final:
+        raise RecipeError(f"{where} has cv_final without cv; write the number of folds, such as cv: 5, or leave it out")
+    if recipe.cv is not None and not recipe.cv_final and recipe.push.repo is not None:
+        raise RecipeError(
+            f"{where} asks for a cross-validation and a push to {recipe.push.repo}, but without a final model there is "
+            "nothing to push; write cv_final: true, or leave push out"
+        )
+    ImbalanceSettings.of(recipe).check()
     plan = recipe.stage_plan()
     if recipe.augmentation is not None:
         make_augmentation(recipe.augmentation)

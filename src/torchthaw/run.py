@@ -2,36 +2,35 @@
 
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
 import yaml
 
-from torchthaw.backbones.image_processing import TorchvisionImageProcessor
-from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.registration import register_auto_classes
 from torchthaw.console import Reporter, hide_loading_bars
+from torchthaw.cross_validation import cross_validate, prepare_images
+from torchthaw.data_preparation import selection_metric
 from torchthaw.errors import RecipeError
-from torchthaw.evaluation.files import replacing
-from torchthaw.preparation import (
-    PreparedData,
-    build_model,
-    check_model,
-    prepare_data,
-    selection_metric,
-    training_arguments,
-)
+from torchthaw.preparation import check_model
 from torchthaw.recipe import Recipe
 from torchthaw.sharing.hub import check_branch, check_repo_id, find_token, push_folder
+from torchthaw.single_run import (
+    RECIPE_FILE,
+    Job,
+    announce,
+    make_trainer,
+    report,
+    train_and_save,
+    write_audit,
+    write_recipe,
+)
 from torchthaw.training import processes
-from torchthaw.training.callbacks import ProgressCallback
-from torchthaw.training.resume import differences, has_checkpoint
-from torchthaw.training.trainer import ThawTrainer
+from torchthaw.training.resume import differences
 
 # What may differ between a run and its continuation: it changes where and how fast, not what comes out.
-_FREE_ON_RESUME = ("output", "num_workers", "report_to", "card", "push")
+# A cross-validation may get its final model later.
+_FREE_ON_RESUME = ("output", "num_workers", "report_to", "card", "push", "cv_final")
 
 
 def run_recipe(
@@ -68,19 +67,20 @@ def run_recipe(
         return json.loads((output / "results.json").read_text(encoding="utf-8"))
     check_model(recipe)
     _check_push(recipe)
-    data = prepare_data(recipe.data, seed=recipe.seed, reporter=reporter)
-    metric = selection_metric(recipe, data)
-    transformers.set_seed(recipe.seed)
-    model, processor = build_model(recipe, data.class_names)
-    trainer = _make_trainer(recipe, model, processor, data, metric, output)
-    _announce(recipe, trainer, data, metric, reporter)
-    if processes.is_main():
-        output.mkdir(parents=True, exist_ok=True)
-        _write(output / "recipe.yaml", recipe.to_yaml())
-    _train(trainer, reporter, resume=resume)
-    results = _save(recipe, trainer, data, metric, reporter, output=output, command=command, started=started)
-    _report(results, output, reporter)
+    data = prepare_images(recipe, reporter)
+    job = Job(recipe, data, selection_metric(recipe, data), output, command, resume, started)
+    results = _run(job, reporter) if recipe.cv is None else cross_validate(job, reporter)
     _push(recipe, output, reporter)
+    return results
+
+
+def _run(job: Job, reporter: Reporter) -> dict[str, Any]:
+    trainer = make_trainer(job)
+    announce(job, trainer, reporter)
+    write_recipe(job.recipe, job.output)
+    write_audit(job.data, job.output)
+    results = train_and_save(job, trainer, reporter)
+    report(results, job.output, reporter)
     return results
 
 
@@ -89,7 +89,7 @@ def _check_output(recipe: Recipe, output: Path, *, resume: bool) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     another = f"pass another one, such as --output {output}-2, or remove it"
-    saved = output / "recipe.yaml"
+    saved = output / RECIPE_FILE
     if not saved.is_file():
         raise RecipeError(
             f"the output folder {output} exists and is not empty, and torchthaw never overwrites anything; {another}"
@@ -108,66 +108,8 @@ def _check_output(recipe: Recipe, output: Path, *, resume: bool) -> bool:
             f"{output} holds a run of another recipe:{different}\nTo go on with that run, write: "
             f"torchthaw train {saved} --resume; else {another}"
         )
-    return (output / "results.json").is_file() and (output / "README.md").is_file()
-
-
-def _save(
-    recipe: Recipe,
-    trainer: ThawTrainer,
-    data: PreparedData,
-    metric: str,
-    reporter: Reporter,
-    *,
-    output: Path,
-    command: str | None,
-    started: float,
-) -> dict[str, Any]:
-    facts = {
-        "metric": metric,
-        "data": {
-            "source": recipe.data.path or recipe.data.name,
-            "hub": recipe.data.name is not None,
-            "revision": data.revision,
-            "origins": data.origins,
-            "split_by": "image",
-            "method": f"stratified by class, chosen by the images' content and seed {recipe.seed}",
-        },
-        "dropped_images": [{"path": bad.path, "reason": bad.reason} for bad in data.bad_images],
-        "command": command,
-        "card": recipe.card.model_dump(mode="json", exclude_defaults=True),
-    }
-    return trainer.save_run(
-        output, test_dataset=data.splits.get("test"), facts=facts, progress=reporter.progress, started=started
-    )
-
-
-def _make_trainer(
-    recipe: Recipe,
-    model: TorchvisionForImageClassification,
-    processor: TorchvisionImageProcessor,
-    data: PreparedData,
-    metric: str,
-    output: Path,
-) -> ThawTrainer:
-    arguments = training_arguments(recipe, metric=metric, folder=output / "stages")
-    trainer = ThawTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data.splits["train"],
-        eval_dataset=data.splits["validation"],
-        processing_class=processor,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def _train(trainer: ThawTrainer, reporter: Reporter, *, resume: bool) -> None:
-    goes_on = resume and processes.on_main(lambda: has_checkpoint(Path(str(trainer.args.output_dir))))
-    if resume and not goes_on:
-        reporter.say("No whole checkpoint was left, so the run starts from the beginning.")
-    with reporter.progress("training", 1) as bar:
-        trainer.add_callback(ProgressCallback(bar.update, reporter.say))
-        trainer.train(resume_from_checkpoint=goes_on or None)
+    has_model = recipe.cv is None or recipe.cv_final
+    return (output / "results.json").is_file() and (not has_model or (output / "README.md").is_file())
 
 
 def _check_push(recipe: Recipe) -> None:
@@ -184,58 +126,3 @@ def _push(recipe: Recipe, output: Path, reporter: Reporter) -> None:
         return
     pushed = push_folder(output, push.repo, private=push.private, revision=push.revision, say=reporter.say)
     reporter.say(f"pushed to {pushed.url}, commit {pushed.commit}")
-
-
-def _announce(recipe: Recipe, trainer: ThawTrainer, data: PreparedData, metric: str, reporter: Reporter) -> None:
-    sizes = ", ".join(f"{len(images)} {split}" for split, images in data.splits.items())
-    reporter.say(f"{recipe.backbone} ({recipe.weights or 'random weights'}), {len(data.class_names)} classes, {sizes}")
-    groups = list(trainer.model.layer_groups())
-    rows = []
-    for stage in trainer.plan.stages:
-        rates = stage.learning_rates(groups)
-        shown = (
-            f"{min(rates.values()):.1e} - {max(rates.values()):.1e}" if len(rates) > 1 else f"{rates[groups[-1]]:.1e}"
-        )
-        length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs} epochs"
-        rows.append((stage.name, " ".join(rates), length, shown, trainer.batch_norm_policy(stage)))
-    reporter.table(
-        f"plan: {trainer.plan.name}, best weights by validation {metric}",
-        ("stage", "trains", "length", "learning rates", "BatchNorm"),
-        rows,
-    )
-    reporter.say(
-        f"Frozen groups run as in inference: BatchNorm statistics, dropout and stochastic depth. Gate: {recipe.gate}."
-    )
-
-
-def _report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> None:
-    metric = results["metric"]
-    reporter.table(
-        "what each stage reached",
-        ("stage", "epochs", "trained parameters", "seconds", f"best validation {metric}", "kept"),
-        [
-            (
-                stage["name"],
-                stage["epochs"],
-                f"{stage['trainable_parameters']:,}",
-                f"{stage['seconds']:.1f}",
-                "-" if stage["best_metric"] is None else f"{stage['best_metric']:.4f}",
-                "yes" if stage["accepted"] else "no",
-            )
-            for stage in results["stages"]
-        ],
-    )
-    for split in ("validation", "test"):
-        if split in results:
-            figures = results[split]
-            low, high = figures["accuracy_interval"]
-            reporter.say(
-                f"{split}: accuracy {figures['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), "
-                f"macro F1 {figures['macro_f1']:.4f}, {figures['num_images']} images"
-            )
-    reporter.say(f"saved to {output}; use it with pipeline('image-classification', model={str(output)!r})")
-
-
-def _write(file: Path, text: str) -> None:
-    with replacing(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -14,10 +14,10 @@ from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.console import Reporter
 from torchthaw.data.images import check_images
 from torchthaw.data.views import ImageView
+from torchthaw.data_preparation import load_data, prepare_data
 from torchthaw.errors import DataError, SharingError
 from torchthaw.evaluation.inference import best_device, predict_split
 from torchthaw.evaluation.metrics import classification_metrics
-from torchthaw.preparation import load_data, prepare_data
 from torchthaw.recipe import DataRecipe, Recipe, load_recipe
 from torchthaw.sharing.card import write_card
 from torchthaw.sharing.saved_models import load_saved
@@ -104,7 +104,8 @@ def _validation_images(
                 f"{runs[0]} and {run} were trained on other data, so there may be no image that neither has trained "
                 "on; pass --data FOLDER with validation images of both"
             )
-    prepared = prepare_data(first.data, seed=first.seed, reporter=reporter)
+    # The audit was told when the runs were made; here it only gives the same splits.
+    prepared = prepare_data(first, reporter=Reporter(quiet=True), features=False)
     cut = prepared.origins["validation"]["origin"] != "given"
     if cut and any(recipe.seed != first.seed for recipe in recipes):
         raise SharingError(

@@ -16,10 +16,10 @@ from torchthaw.backbones.weights import describe_backbones
 from torchthaw.console import Reporter, hide_loading_bars
 from torchthaw.data.images import check_images, image_extensions
 from torchthaw.data.views import ImageView
+from torchthaw.data_preparation import load_data
 from torchthaw.errors import DataError, ThawError, did_you_mean
 from torchthaw.evaluation.inference import best_device, predict_logits
 from torchthaw.evaluation.metrics import classification_metrics
-from torchthaw.preparation import load_data
 from torchthaw.recipe import DataRecipe
 from torchthaw.sharing.saved_models import load_saved
 

@@ -3,12 +3,13 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from torchthaw.data.allocation import allocate
 from torchthaw.data.loading import load_image_dataset
-from torchthaw.data.splitting import allocate, split_dataset
+from torchthaw.data.splitting import describe_split, fold_dataset, split_dataset, split_unit
 from torchthaw.errors import DataError
 
 
@@ -104,14 +105,71 @@ def test_the_same_bytes_twice_are_split_the_same_every_time(make_image_folder):
     assert paths(first, "validation") == paths(second, "validation")
 
 
-def test_a_class_that_is_too_small_is_named(make_image_folder):
+def test_a_tiny_class_is_trained_on_first_and_what_it_lacks_is_said(make_image_folder, caplog):
     root = make_image_folder(("ant", "bee", "cat"), per_class=5)
-    for number in range(2, 5):
+    for number in range(1, 5):
         (root / "bee" / f"{number:03d}.png").unlink()
-    dataset = load_image_dataset(root)
-    with pytest.raises(DataError, match=r"train, validation, test: 'bee' has 2; every class needs at least 3"):
-        split_dataset(dataset, validation=0.2, test=0.2)
-    assert class_counts(split_dataset(dataset, validation=0.5), "train")[1] == 1
+    splits = split_dataset(load_image_dataset(root), validation=0.3, test=0.3)
+    assert class_counts(splits, "train")[1] == 1
+    assert set(class_counts(splits, "validation")) == set(class_counts(splits, "test")) == {0, 2}
+    assert "validation has none of 'bee'; test has none of 'bee'" in caplog.text
+
+
+def test_nothing_is_said_where_every_class_is_everywhere(make_image_folder, caplog):
+    split_dataset(load_image_dataset(make_image_folder()), validation=0.2, test=0.2)
+    assert not caplog.records
+
+
+def test_an_empty_split_is_refused(make_image_folder):
+    dataset = load_image_dataset(make_image_folder(per_class=2))
+    with pytest.raises(DataError, match=r"validation \(0.05 of 6 images\) would be empty.*larger share"):
+        split_dataset(dataset, validation=0.05)
+    single = load_image_dataset(make_image_folder(per_class=1, name="single"))
+    with pytest.raises(DataError, match=r"validation \(0.5 of 3 images\) would be empty"):
+        split_dataset(single, validation=0.5)
+
+
+def with_columns(dataset, **columns):
+    train = dataset["train"]
+    for name, values in columns.items():
+        train = train.add_column(name, values)
+    return DatasetDict(train=train)
+
+
+def test_auto_is_by_group_then_time_then_image(make_image_folder):
+    dataset = load_image_dataset(make_image_folder(("ant", "bee"), per_class=8))
+    times = [float(row) for row in range(16)]
+    groups = [str(row % 4) for row in range(16)]
+    for columns, unit in (
+        ({}, "image"),
+        ({"time": times}, "time"),
+        ({"group": groups}, "group"),
+        ({"time": times, "group": groups}, "group"),
+    ):
+        data = with_columns(dataset, **columns)
+        assert split_unit(data) == unit
+        assert describe_split(data)[0] == unit
+        chosen = paths(split_dataset(data, validation=0.25), "validation")
+        assert chosen == paths(split_dataset(data, validation=0.25, by=unit), "validation")
+        assert split_unit(data, "image") == "image"
+    both = with_columns(dataset, time=times, group=groups)
+    assert split_unit(both, "time") == "time"
+    assert "seed 7" in describe_split(both, seed=7)[1]
+    assert describe_split(both, by="time") != describe_split(with_columns(dataset, time=times), by="time")
+
+
+def test_what_cannot_be_split_by_is_refused(make_image_folder):
+    dataset = load_image_dataset(make_image_folder())
+    for split in (split_dataset, fold_dataset):
+        with pytest.raises(DataError, match=r"by='groups' is unknown; write one of auto, .* Did you mean 'group'"):
+            split(dataset, by="groups")
+        with pytest.raises(DataError, match=r"by='group' needs to know the group .* Pass group="):
+            split(dataset, by="group")
+        with pytest.raises(DataError, match=r"by='time' needs to know the time .* Pass time=.*exif"):
+            split(dataset, by="time")
+        streams = IterableDatasetDict(train=dataset["train"].to_iterable_dataset())
+        with pytest.raises(DataError, match="streamed data set cannot be split"):
+            split(streams)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,15 @@ def batch_norm(folder, batch_size):
     return staged(folder / "batch norm", batch_size, plan=plan, gate="off")
 
 
+def weighted_draws(folder, batch_size):
+    """Batches of the processes, and those whose gradients are accumulated, have other weights than each other."""
+    plan = [Stage("one", "head", epochs=2, learning_rate=1e-2), Stage("two", "head", epochs=1, learning_rate=1e-2)]
+    return staged(
+        folder / "weighted", batch_size // 2, plan=plan, gradient_accumulation_steps=2, gate="off", sampling="balanced",
+        class_weights={"ant": 0.2, "bee": 1.0, "cat": 7.0}, label_smoothing_factor=0.1,
+    )  # fmt: skip
+
+
 def own_heads(folder, batch_size):
     """Each process draws another head, and the stage is rolled back to it."""
     plan = [Stage("wreck", 1, epochs=1, learning_rate=100.0, warmup=0.0, optimizer="sgd")]

@@ -77,9 +77,9 @@ def two(tmp_path_factory):
     """Two processes, that run many scenarios and are killed in the last one."""
     folder = tmp_path_factory.mktemp("two")
     scenarios = [
-        "plain", "batch_norm", "own_heads", "stream", "stream_read_by_each", "change_weight", "change_frozen_weight",
-        "freeze", "other_plan", "broken_image", "missing_checkpoint", "synchronized_batch_norm", "stock_callback",
-        "stock_second_train", "kill",
+        "plain", "batch_norm", "weighted_draws", "own_heads", "stream", "stream_read_by_each", "change_weight",
+        "change_frozen_weight", "freeze", "other_plan", "broken_image", "missing_checkpoint",
+        "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
     ]  # fmt: skip
     return Reports(folder, start(2, WORKER, folder, 6, *scenarios))
 
@@ -89,7 +89,7 @@ def one(two, tmp_path_factory):
     """One process with twice the batch size, that also goes on with the run that was killed."""
     folder = tmp_path_factory.mktemp("one")
     shutil.copytree(two.folder / "killed", folder / "killed")
-    scenarios = ["plain", "stream", "resumed_with_other_batches", "resumed"]
+    scenarios = ["plain", "weighted_draws", "stream", "resumed_with_other_batches", "resumed"]
     return Reports(folder, start(1, WORKER, folder, 12, *scenarios))
 
 
@@ -193,6 +193,19 @@ def test_each_image_of_a_stream_is_read_by_one_process(two, one, scenario):
     first, second = two.good(scenario)
     assert bit_equal(first["final"], second["final"])
     assert largest_difference(first["final"], one.good("stream")[0]["final"]) < WEIGHT_TOLERANCE
+
+
+def test_draws_by_class_and_weighted_losses_are_those_of_one_process(two, one):
+    first, second = two.good("weighted_draws")
+    (alone,) = one.good("weighted_draws")
+    batches = global_batches([alone])
+    assert global_batches([first, second]) == batches
+    assert sum(map(len, batches.values())) == 3 * 24, "as many draws as images"
+    for stage in range(2):
+        assert bit_equal(first["weights"][stage], second["weights"][stage])
+        assert largest_difference(first["weights"][stage], alone["weights"][stage]) < WEIGHT_TOLERANCE
+    assert without_timings(first["log"]) == without_timings(second["log"])
+    assert_close(without_timings(first["log"]), without_timings(alone["log"]), LOG_TOLERANCE)
 
 
 def test_processes_may_draw_heads_of_their_own(two):

@@ -101,7 +101,7 @@ def test_every_value_that_is_searched_reaches_the_run(tmp_path, data):
         def on_step_begin(self, args, state, control, *, optimizer, **kwargs):
             if state.global_step == 1:
                 group = optimizer.param_groups[0]
-                seen.append((group["initial_lr"], group["weight_decay"], trainer.label_smoother))
+                seen.append((group["initial_lr"], group["weight_decay"], trainer.training_loss))
 
     values = [(1e-3, 0.01, 0.0), (2e-3, 0.2, 0.1), (5e-4, 0.0, 0.0)]
     trainer, _ = searching(data, tmp_path)
@@ -111,7 +111,7 @@ def test_every_value_that_is_searched_reaches_the_run(tmp_path, data):
         lambda trial: dict(zip(names, values[trial.number], strict=True)), direction="maximize", n_trials=3
     )
     assert [(rate, decay) for rate, decay, _ in seen] == [(rate, decay) for rate, decay, _ in values]
-    assert [smoother and smoother.epsilon for _, _, smoother in seen] == [None, 0.1, None]
+    assert [loss and loss.smoothing for _, _, loss in seen] == [None, 0.1, None]
 
 
 def test_a_trial_equals_a_run_with_its_values(tmp_path, data):

@@ -177,10 +177,10 @@ def test_label_smoothing_works_with_mixed_labels(tmp_path, splits, processor):
     trainer = new_trainer(tmp_path, splits, processor, augmentation="strong", label_smoothing_factor=0.1)
     images = next(iter(trainer.get_train_dataloader()))
     images = {key: value.cpu() for key, value in images.items()}
-    trainer.model.eval()
-    logits = trainer.model(pixel_values=images["pixel_values"]).logits
-    expected = torch.nn.functional.cross_entropy(logits, images["labels"], label_smoothing=0.1)
-    assert torch.allclose(trainer.compute_loss(trainer.model, images), expected)
+    trainer.model.train()
+    loss, output = trainer.compute_loss(trainer.model, images, return_outputs=True)
+    expected = torch.nn.functional.cross_entropy(output.logits, images["labels"], label_smoothing=0.1)
+    assert torch.allclose(loss, expected)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(tmp_path, splits, processor):

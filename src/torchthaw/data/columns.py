@@ -1,7 +1,8 @@
 """Finds the image column and the label column of a table."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from datasets import ClassLabel, Features, Image, Value
 
@@ -10,10 +11,62 @@ from torchthaw.errors import DataError, did_you_mean
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label")
 # Names of files, kept beside the image; never a label unless the user says so.
 _FILE_NAMES = ("path", "file_name")
+_OTHERWISE = {
+    "group": "a CSV with the columns path and group, or a regular expression with one pair of parentheses",
+    "time": "exif",
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns that the user named; `None` for what is to be found, or not wanted.
+
+    Attributes:
+        image: Images, or names of image files.
+        label: Labels.
+        group: Groups.
+        time: Times.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    group: str | None = None
+    time: str | None = None
+
+    @property
+    def apart(self) -> dict[str, str]:
+        """Returns those besides image and label by what they are for."""
+        return {name: column for name, column in (("group", self.group), ("time", self.time)) if column is not None}
+
+    def check(self, columns: Collection[str], where: str) -> None:
+        """Checks that the columns besides image and label are there.
+
+        Raises:
+            DataError: One is missing.
+        """
+        if any(column not in columns for column in self.apart.values()):
+            self.refuse(f"{where} has the columns {', '.join(map(repr, columns))}", columns)
+
+    def refuse(self, found: str, columns: Collection[str] = ()) -> NoReturn:
+        """Says that a column besides image and label is missing, and what else `group` and `time` can be.
+
+        Raises:
+            DataError: Always.
+        """
+        name, column = next((name, column) for name, column in self.apart.items() if column not in columns)
+        raise DataError(
+            f"{name}={column!r} names no column: {found}.{did_you_mean(column, columns)} {name} is a column, or "
+            f"{_OTHERWISE[name]}."
+        )
 
 
 def find_columns(
-    features: Features, *, image_column: str | None, label_column: str | None, where: str
+    features: Features,
+    *,
+    image_column: str | None,
+    label_column: str | None,
+    where: str,
+    apart: Collection[str] = (),
 ) -> tuple[str, str]:
     """Finds the image and label columns of a table, or checks those that the user named.
 
@@ -22,6 +75,7 @@ def find_columns(
         image_column: The user's choice, if any.
         label_column: The user's choice, if any.
         where: What messages call the table.
+        apart: Columns that are for something else, and are labels only if the user says so.
 
     Returns:
         Name of the image column, name of the label column.
@@ -30,7 +84,7 @@ def find_columns(
         DataError: A column is missing, of a type that cannot work, or more than one could be meant.
     """
     image = _choose_image_column(features, image_column, where)
-    others = [column for column in features if column != image]
+    others = [column for column in features if column != image and (column not in apart or column == label_column)]
     eligible = [column for column in others if column not in _FILE_NAMES and _type_problem(features[column]) is None]
     label = choose_label_column(others, eligible=eligible, given=label_column, where=where)
     problem = _type_problem(features[label])

@@ -3,8 +3,8 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+GROUPS_FILE = "groups.csv"
 _SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -35,11 +36,13 @@ class Record:
         file: Where it is.
         path: The same relative to the source, with forward slashes.
         label: Class name or whole number; of a metadata file, whatever is written there.
+        more: What else a metadata file says, as text: `group` and `time`, where asked for.
     """
 
     file: str
     path: str
     label: Any
+    more: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def split_of(name: str) -> str | None:
@@ -114,7 +117,7 @@ def read_class_folders(folder: Path, root: Path) -> list[Record]:
         DataError: There are no class folders, or some are empty.
     """
     classes = _subfolders(folder)
-    loose = sorted(path.name for path in folder.iterdir() if not path.is_dir())
+    loose = sorted(path.name for path in folder.iterdir() if not path.is_dir() and path.name != GROUPS_FILE)
     if not classes:
         pictures = [name for name in loose if _is_image(name)]
         if pictures:

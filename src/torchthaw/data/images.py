@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
@@ -37,8 +37,29 @@ class BadImage:
     reason: str
 
 
-class _UnusableImageError(Exception):
+class UnusableImageError(Exception):
     """Carries the reason alone; the callers know the name."""
+
+
+@dataclass(frozen=True)
+class ExaminedImage:
+    """A decoded image and its file.
+
+    Attributes:
+        picture: In RGB, with EXIF orientation applied.
+        data: The bytes of the file.
+        format: Pillow's name of the format, such as `JPEG`.
+        mode: Pillow's name of the mode in the file, such as `RGB`, `L` or `CMYK`.
+        info: What Pillow read besides the pixels; `quantization` has a JPEG's tables.
+        exif: EXIF fields by name, as far as they are readable.
+    """
+
+    picture: Image.Image
+    data: bytes
+    format: str | None
+    mode: str
+    info: dict[Any, Any]
+    exif: dict[str, str]
 
 
 @cache
@@ -68,8 +89,34 @@ def decode_image(value: object, *, name: str | None = None) -> Image.Image:
     """
     try:
         return _decode(value)
-    except _UnusableImageError as error:
+    except UnusableImageError as error:
         raise DataError(f"Cannot use image {name or _name_of(value)!r}: it {error}.") from error
+
+
+def examine_image(value: object) -> "ExaminedImage":
+    """Decodes an image as `decode_image` does, and keeps what the file says of itself.
+
+    Args:
+        value: As in `decode_image`.
+
+    Raises:
+        UnusableImageError: It cannot be decoded; the message is the reason, without a name.
+    """
+    if isinstance(value, Image.Image):
+        return ExaminedImage(_loaded(value), value.tobytes(), value.format, value.mode, dict(value.info), {})
+    data = _read(value)
+    with _pillow_errors_named():
+        picture = Image.open(io.BytesIO(data))
+    with picture:
+        kind, mode = picture.format, picture.mode
+        rgb = _loaded(picture)
+        # EXIF blocks are damaged more often than pictures.
+        try:
+            exif = _readable_exif(picture)
+        except Exception:  # noqa: BLE001
+            exif = {}
+        info = dict(picture.info) | {"quantization": getattr(picture, "quantization", None)}
+    return ExaminedImage(rgb, data, kind, mode, info, exif)
 
 
 def check_images(
@@ -108,42 +155,78 @@ def check_images(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     bad = list(reasons.values())
-    if not bad:
-        return dataset, []
-    if on_bad == "fail":
-        raise DataError(_report(bad, len(dataset)))
-    kept = dataset.select([row for row in range(len(dataset)) if row not in reasons])
-    _refuse_emptied_classes(dataset, kept)
-    return kept, bad
+    return leave_out({"": dataset}, {"": bad}, on_bad=on_bad)[""], bad
+
+
+def leave_out(
+    splits: Mapping[str, Dataset], bad: Mapping[str, list[BadImage]], *, on_bad: Literal["fail", "drop"]
+) -> dict[str, Dataset]:
+    """Fails on bad images, or returns the splits without them.
+
+    Args:
+        splits: With the columns `image`, `label` and `path`.
+        bad: Their images that cannot be decoded.
+        on_bad: As for `check_images`.
+
+    Raises:
+        DataError: There are some and `on_bad` is "fail", or dropping would leave a class of a split without images.
+    """
+    every = [image for found in bad.values() for image in found]
+    if every and on_bad == "fail":
+        raise DataError(_report(every, sum(len(dataset) for dataset in splits.values())))
+    result = dict(splits)
+    for split, found in bad.items():
+        if found:
+            names = {image.path for image in found}
+            paths = splits[split].select_columns(["path"])[:]["path"]
+            result[split] = splits[split].select([row for row, path in enumerate(paths) if path not in names])
+            _refuse_emptied_classes(splits[split], result[split])
+    return result
 
 
 def _decode(value: object) -> Image.Image:
     if isinstance(value, Image.Image):
         return _loaded(value)
-    data, path = _bytes_and_path(value)
-    try:
-        if data is None:
-            if path is None:
-                raise _UnusableImageError("is missing: neither bytes nor a path are given")
-            data = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise _UnusableImageError("does not exist") from error
-    except OSError as error:
-        raise _UnusableImageError(f"cannot be read ({error.strerror or error})") from error
-    if not data:
-        raise _UnusableImageError("is empty (0 bytes)")
+    data = _read(value)
     with _pillow_errors_named():
         picture = Image.open(io.BytesIO(data))
     with picture:
         return _loaded(picture)
 
 
+def _read(value: object) -> bytes:
+    data, path = _bytes_and_path(value)
+    try:
+        if data is None:
+            if path is None:
+                raise UnusableImageError("is missing: neither bytes nor a path are given")
+            data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UnusableImageError("does not exist") from error
+    except OSError as error:
+        raise UnusableImageError(f"cannot be read ({error.strerror or error})") from error
+    if not data:
+        raise UnusableImageError("is empty (0 bytes)")
+    return data
+
+
+def _readable_exif(picture: Image.Image) -> dict[str, str]:
+    block = picture.getexif()
+    tags = {**block, **block.get_ifd(ExifTags.IFD.Exif)}
+    named = {ExifTags.TAGS.get(tag, str(tag)): value for tag, value in tags.items()}
+    return {
+        name: str(value).strip("\0 ")
+        for name, value in named.items()
+        if isinstance(value, str | int | float | TiffImagePlugin.IFDRational)
+    }
+
+
 def _loaded(picture: Image.Image) -> Image.Image:
     if picture.format in _REFUSED_FORMATS:
-        raise _UnusableImageError(f"is a {picture.format} file, not a picture")
+        raise UnusableImageError(f"is a {picture.format} file, not a picture")
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and picture.width * picture.height > limit:
-        raise _UnusableImageError(
+        raise UnusableImageError(
             f"has {picture.width} x {picture.height} pixels, more than the {limit:,} that are opened safely; "
             "save it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
         )
@@ -159,13 +242,13 @@ def _pillow_errors_named() -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:
-        raise _UnusableImageError("is not an image that Pillow can read") from error
+        raise UnusableImageError("is not an image that Pillow can read") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _UnusableImageError(f"has too many pixels to be opened safely ({error})") from error
+        raise UnusableImageError(f"has too many pixels to be opened safely ({error})") from error
     except MemoryError:
         raise
     except Exception as error:
-        raise _UnusableImageError(f"is truncated or damaged ({type(error).__name__}: {error})") from error
+        raise UnusableImageError(f"is truncated or damaged ({type(error).__name__}: {error})") from error
 
 
 def _bytes_and_path(value: object) -> tuple[bytes | None, str | None]:
@@ -178,7 +261,7 @@ def _bytes_and_path(value: object) -> tuple[bytes | None, str | None]:
         return None, os.fspath(value)
     if value is None:
         return None, None
-    raise _UnusableImageError(f"is a {type(value).__name__}, not a path, bytes, a picture or a dict of bytes and path")
+    raise UnusableImageError(f"is a {type(value).__name__}, not a path, bytes, a picture or a dict of bytes and path")
 
 
 def _name_of(value: object) -> str:
@@ -194,7 +277,7 @@ def _check_rows(dataset: Dataset, start: int) -> Iterator[tuple[int, BadImage]]:
     for offset, (value, path) in enumerate(zip(rows["image"], rows["path"], strict=True)):
         try:
             _decode(value)
-        except _UnusableImageError as error:
+        except UnusableImageError as error:
             yield start + offset, BadImage(path, str(error))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from torchthaw.data.columns import choose_label_column
+from torchthaw.data.columns import Columns, choose_label_column
 from torchthaw.data.folders import Record, listing, relative
 from torchthaw.errors import DataError, did_you_mean
 
@@ -18,41 +19,51 @@ _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]*")
 _DECIMAL_NUMBER = re.compile(r"[+-]?[0-9]+\.[0-9]*")
 
 
-def read_metadata(file: Path, root: Path, *, file_column: str | None, label_column: str | None) -> list[Record]:
+def read_metadata(file: Path, root: Path, wanted: Columns) -> list[Record]:
     """Reads a table of images in the layout of `datasets`' imagefolder.
 
     Args:
         file: CSV with a header, or JSON lines.
         root: What the paths of the records are relative to.
-        file_column: Column with the file names, relative to the folder of the table; "file_name" by default.
-        label_column: Column with the labels; found by name, or as the only other one.
+        wanted: The columns: images are file names, relative to the folder of the table, by default in "file_name";
+            labels are found by name, or as the only other column.
 
     Raises:
         DataError: The table cannot be read, columns are missing, or files are missing, outside the folder or named
             twice (all are listed).
     """
-    rows = _read_csv(file) if file.suffix.lower() == ".csv" else _read_json_lines(file)
+    rows = read_csv(file) if file.suffix.lower() == ".csv" else _read_json_lines(file)
     if not rows:
         raise DataError(f"{str(file)!r} has no rows.")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    file_column = file_column or "file_name"
+    file_column = wanted.image or "file_name"
     if file_column not in columns:
         raise DataError(
             f"{str(file)!r} has no column {file_column!r}; its columns are {listing(columns)}. Call the column with "
             f"the file names 'file_name', or pass image_column.{did_you_mean(file_column, columns)}"
         )
-    candidates = [column for column in columns if column != file_column]
-    label = choose_label_column(candidates, eligible=candidates, given=label_column, where=repr(str(file)))
+    wanted.check(columns, repr(str(file)))
+    left_out = {file_column, *wanted.apart.values()} - {wanted.label}
+    candidates = [column for column in columns if column not in left_out]
+    label = choose_label_column(candidates, eligible=candidates, given=wanted.label, where=repr(str(file)))
     names = [row.get(file_column) for row in rows]
     _check_names(names, file)
     values = [row.get(label) for row in rows]
     if file.suffix.lower() == ".csv":
         values = _as_numbers(values, f"column {label!r} of {str(file)!r}")
     paths = [os.path.normpath(file.parent / str(name)) for name in names]
-    return [Record(path, relative(path, root), value) for path, value in zip(paths, values, strict=True)]
+    apart = [{name: _text(row.get(column)) for name, column in wanted.apart.items()} for row in rows]
+    return [
+        Record(path, relative(path, root), value, more) for path, value, more in zip(paths, values, apart, strict=True)
+    ]
 
 
-def _read_csv(file: Path) -> list[dict[str, Any]]:
+def read_csv(file: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a CSV with a header; empty cells are `None`.
+
+    Raises:
+        DataError: The file cannot be read, is no CSV in UTF-8, or has rows that are longer than the header.
+    """
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, strict=True)
@@ -100,6 +111,11 @@ def _check_names(names: list[Any], file: Path) -> None:
     twice = [name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1]
     if twice:
         raise DataError(f"{str(file)!r} names files more than once: {listing(twice)}. Keep one row per image.")
+
+
+def _text(value: Any) -> str | None:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return None if missing else str(value)
 
 
 def _leaves_folder(name: str) -> bool:

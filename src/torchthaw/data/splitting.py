@@ -1,46 +1,70 @@
-"""Cuts missing splits off the training images: stratified, the same for the same content and seed."""
+"""Cuts missing splits off the training images, by image, by group or by time; the same for the same content and seed.
 
-import hashlib
-import math
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+What is cut never depends on the names or the order of the files.
+"""
+
+import itertools
 from fractions import Fraction
-from pathlib import Path
 
-from datasets import Dataset, DatasetDict
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
+from torchthaw.data import split_checks
+from torchthaw.data.allocation import cut_by_class, cut_in_order, fold_by_class
+from torchthaw.data.contents import content_digests, group_keys, image_keys
+from torchthaw.data.folders import SPLITS
+from torchthaw.data.group_allocation import assign_groups
+from torchthaw.data.split_checks import column
+from torchthaw.data.split_units import SplitBy, describe_split, known_groups, split_unit, unit_in_time, units_in_time
 from torchthaw.errors import DataError
 
-_SPLITS = ("train", "validation", "test")
-_CHUNK = 256
+__all__ = ["SplitBy", "describe_split", "fold_dataset", "split_dataset", "split_unit"]
 
 
 def split_dataset(
-    dataset: DatasetDict, *, validation: float | int = 0.15, test: float | int = 0.0, seed: int = 0
+    dataset: DatasetDict,
+    *,
+    validation: float | int = 0.15,
+    test: float | int = 0.0,
+    seed: int = 0,
+    by: SplitBy = "auto",
 ) -> DatasetDict:
     """Cuts a validation and a test split off the training split where they are missing.
 
-    Every class gives its share to within one image, and the totals are exact to rounding (largest remainders), except
-    that every class keeps at least one image for training. Which images go depends on their content and the seed, not
-    on their names or order. Splits that are given stay as they are.
+    - By image: every class gives its share to within one image, and the totals are exact to rounding (largest
+      remainders), except that every class keeps at least one image for training.
+    - By group: no group (patient, product, scene ...) is in two splits. The shares of all images and of each class are
+      met as well as the groups allow; every class is in training if that is possible.
+    - By time: training images come before validation images, and these before test images; images of the same time stay
+      together. Where groups are known too, a group counts as a whole from its first image on, so that no group is in
+      two splits; its later images may then be younger than the first ones of the next split.
+
+    Which images go depends on their content, their groups and times, and the seed (which times do not leave a choice
+    for), not on their names or order. Splits that are given stay as they are. A warning names the classes that a split
+    lacks, and a share that came out otherwise than asked.
 
     Args:
-        dataset: Splits with the columns `image`, `label` and `path`, as `load_image_dataset` returns them.
+        dataset: Splits with the columns `image`, `label` and `path`, and `group` and `time` where they are known, as
+            `load_image_dataset` returns them.
         validation: Share of the training images as a float below 1, or their number as an int; 0 for none.
         test: The same for the test split.
         seed: Another seed, another choice.
+        by: `image`, `group`, `time`, or `auto`: by group where groups are known, else by time where times are, else by
+            image.
 
     Returns:
         The splits `train`, `validation`, `test` as far as given or asked for; rows keep their order.
 
     Raises:
-        DataError: There is no training split, a share is out of range, or a class has fewer images than there are
-            splits to fill.
+        DataError: There is no training split, a share is out of range, the column to split by is missing or has gaps,
+            or a split would be empty.
     """
-    if "train" not in dataset:
-        raise DataError(f"There is no training split to cut from; the data set has {sorted(dataset)}.")
+    unit = split_unit(dataset, by)
     train = dataset["train"]
-    asked = {"test": _share("test", test, len(train)), "validation": _share("validation", validation, len(train))}
+    asked = {
+        "test": split_checks.share_of("test", test, len(train)),
+        "validation": split_checks.share_of("validation", validation, len(train)),
+    }
     missing = {split: share for split, share in asked.items() if split not in dataset and share > 0}
     if sum(missing.values()) >= 1:
         raise DataError(
@@ -48,94 +72,129 @@ def split_dataset(
             "write smaller shares."
         )
     if not missing:
-        return DatasetDict({split: dataset[split] for split in _SPLITS if split in dataset})
-    labels: list[int] = train.select_columns(["label"])[:]["label"]
-    counts = dict(sorted(Counter(labels).items()))
-    _refuse_small_classes(counts, train.features["label"].names, list(missing))
-
-    rows = _rows_of_classes(train, labels, seed)
-    cut: dict[str, list[int]] = {split: [] for split in missing}
-    for split, sizes in allocate(counts, missing).items():
-        for label, size in sizes.items():
-            cut[split] += rows[label][:size]
-            del rows[label][:size]
-    result = {"train": train.select(sorted(row for left in rows.values() for row in left))}
-    result |= {split: train.select(sorted(chosen)) for split, chosen in cut.items()}
-    return DatasetDict(
-        {split: result.get(split, dataset.get(split)) for split in _SPLITS if split in {*result, *dataset}}
-    )
+        return DatasetDict({split: dataset[split] for split in SPLITS if split in dataset})
+    cut = {"image": _cut_by_image, "group": _cut_by_group, "time": _cut_by_time}[unit](train, missing, seed)
+    split_checks.refuse_empty(cut, missing, len(train))
+    taken = {row for rows in cut.values() for row in rows}
+    result = {"train": train.select([row for row in range(len(train)) if row not in taken])}
+    result |= {split: train.select(sorted(rows)) for split, rows in cut.items()}
+    split_checks.warn_of_shares(result, missing, len(train), unit)
+    split_checks.warn_of_missing_classes(train, result, unit)
+    splits = {**dataset, **result}
+    if unit == "time":
+        split_checks.warn_of_time_running_backwards(splits)
+    return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
 
 
-def allocate(counts: dict[int, int], shares: dict[str, Fraction]) -> dict[str, dict[int, int]]:
-    """Decides how many images of each class every split gets.
+def fold_dataset(dataset: DatasetDict, *, folds: int = 5, seed: int = 0, by: SplitBy = "auto") -> list[DatasetDict]:
+    """Makes folds for cross-validation.
+
+    They are made of the training images, and of the validation images too where these are given; a given test split
+    stays out of them and is the same in every fold.
+
+    - By image: each image is a validation image of one fold; the numbers of images differ by at most one between the
+      folds, in each class and in sum.
+    - By group: likewise, but groups stay whole; numbers and classes are as even as the groups allow.
+    - By time: the window expands, as in scikit-learn's `TimeSeriesSplit`. The images are cut in order of time into
+      `folds + 1` about equal stretches; the validation images of a fold are one of them, its training images all
+      before it. So the first stretch is never validated on, and folds do not use what comes after. Groups, where known,
+      stay whole as in `split_dataset`.
 
     Args:
-        counts: Images of each class.
-        shares: Share of each split that is cut off; together below 1.
+        dataset: As for `split_dataset`.
+        folds: How many, at least 2.
+        seed: Another seed, other folds; by time there is no choice.
+        by: As for `split_dataset`.
 
     Returns:
-        Size by split and class: the class's quota rounded down or up; in sum the split's quota rounded to the nearest,
-        or less where more would take a class's last image.
+        For each fold the splits `train` and `validation`, and `test` if it is given; rows keep their order.
+
+    Raises:
+        DataError: There is no training split, `folds` is below 2 or more than there are images, groups or times, or
+            the column to split by is missing or has gaps.
     """
-    floors = {
-        split: {label: math.floor(share * count) for label, count in counts.items()} for split, share in shares.items()
+    unit = split_unit(dataset, by)
+    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+        raise DataError(f"folds={folds!r} does not work; write a whole number of at least 2, such as 5.")
+    parts = [dataset[split] for split in ("train", "validation") if split in dataset]
+    images = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    make = {"image": _folds_by_image, "group": _folds_by_group, "time": _folds_by_time}[unit]
+    rows_of_folds = make(images, folds, seed)
+    given = {"test": dataset["test"]} if "test" in dataset else {}
+    made = [
+        DatasetDict(train=images.select(sorted(train)), validation=images.select(sorted(validation)), **given)
+        for train, validation in rows_of_folds
+    ]
+    split_checks.warn_of_folds_without_classes(images, made, unit)
+    return made
+
+
+def _cut_by_image(train: Dataset, shares: dict[str, Fraction], seed: int) -> dict[str, list[int]]:
+    return cut_by_class(column(train, "label"), _image_keys(train, seed), shares)
+
+
+def _cut_by_group(train: Dataset, shares: dict[str, Fraction], seed: int) -> dict[str, list[int]]:
+    parts = ["train", *shares]
+    wanted = [float(1 - sum(shares.values())), *map(float, shares.values())]
+    rows = _rows_of_parts(train, wanted, seed, first_needs_all=True, what=f"splits ({', '.join(parts)})")
+    return dict(zip(shares, rows[1:], strict=True))
+
+
+def _cut_by_time(train: Dataset, shares: dict[str, Fraction], _seed: int) -> dict[str, list[int]]:
+    units = units_in_time(train)
+    splits = [split for split in SPLITS if split in shares]
+    split_checks.refuse_few(len(units), len(splits) + 1, f"splits (train, {', '.join(splits)})", unit_in_time(train))
+    sizes = {split: round(share * len(train)) for split, share in shares.items()}
+    targets = [len(train) - sum(sizes[later] for later in splits[number:]) for number in range(len(splits))]
+    borders = [*cut_in_order([len(unit) for unit in units], targets), len(units)]
+    return {
+        split: [row for unit in units[borders[number] : borders[number + 1]] for row in unit]
+        for number, split in enumerate(splits)
     }
-    free = {label: count - 1 - sum(floors[split][label] for split in shares) for label, count in counts.items()}
-    for split, share in shares.items():
-        sizes = floors[split]
-        left = round(share * sum(counts.values())) - sum(sizes.values())
-        by_remainder = sorted(counts, key=lambda label: (sizes[label] - share * counts[label], label))
-        for label in [label for label in by_remainder if free[label] > 0 and share * counts[label] > sizes[label]][
-            :left
-        ]:
-            sizes[label] += 1
-            free[label] -= 1
-    return floors
 
 
-def _share(name: str, value: float | int, num_images: int) -> Fraction:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise DataError(f"{name}={value!r} does not work; write a share such as 0.15, or a number of images.")
-    # Exact in the decimals as they were written: 0.29 of 100 images are 29.
-    share = Fraction(value, max(num_images, 1)) if isinstance(value, int) else Fraction(repr(float(value)))
-    if share >= 1:
-        raise DataError(
-            f"{name}={value!r} leaves none of the {num_images} training images; "
-            "write a share below 1, such as 0.15, or a smaller number of images."
-        )
-    return share
+def _folds_by_image(images: Dataset, folds: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    split_checks.refuse_few(len(images), folds, "folds", "images")
+    return _against_the_rest(fold_by_class(column(images, "label"), _image_keys(images, seed), folds))
 
 
-def _refuse_small_classes(counts: dict[int, int], names: list[str], cut: list[str]) -> None:
-    needed = 1 + len(cut)
-    small = [f"{names[label]!r} has {count}" for label, count in counts.items() if count < needed]
-    if small:
-        splits = ", ".join(split for split in _SPLITS if split == "train" or split in cut)
-        raise DataError(
-            f"Too few images to split into {splits}: {'; '.join(small)}; every class needs at least {needed}. "
-            "Add images, leave the class out, or cut fewer splits (validation=0 or test=0)."
-        )
+def _folds_by_group(images: Dataset, folds: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    return _against_the_rest(_rows_of_parts(images, [1 / folds] * folds, seed, first_needs_all=False, what="folds"))
 
 
-def _rows_of_classes(train: Dataset, labels: list[int], seed: int) -> dict[int, list[int]]:
-    """Rows of each class in an order that depends on the content of the images and the seed."""
-    starts = range(0, len(train), _CHUNK)
-    with ThreadPoolExecutor() as pool:
-        keys = [key for part in pool.map(lambda start: _order_keys(train, start, seed), starts) for key in part]
-    rows: dict[int, list[int]] = {}
-    for row in sorted(range(len(train)), key=keys.__getitem__):
-        rows.setdefault(labels[row], []).append(row)
-    return rows
+def _folds_by_time(images: Dataset, folds: int, _seed: int) -> list[tuple[list[int], list[int]]]:
+    units = units_in_time(images)
+    split_checks.refuse_few(
+        len(units), folds + 1, f"stretches of time, one more than folds={folds}", unit_in_time(images)
+    )
+    size = len(images) // (folds + 1)
+    targets = [len(images) - (folds - number) * size for number in range(folds)]
+    borders = [*cut_in_order([len(unit) for unit in units], targets), len(units)]
+    return [
+        ([row for unit in units[:start] for row in unit], [row for unit in units[start:end] for row in unit])
+        for start, end in itertools.pairwise(borders)
+    ]
 
 
-def _order_keys(train: Dataset, start: int, seed: int) -> list[tuple[bytes, str]]:
-    rows = train[start : start + _CHUNK]
-    salt = str(seed).encode()
-    keys = []
-    for image, path in zip(rows["image"], rows["path"], strict=True):
-        try:
-            content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        except OSError as error:
-            raise DataError(f"Cannot read image {path!r}: {error.strerror or error}.") from error
-        keys.append((hashlib.blake2b(hashlib.blake2b(content).digest() + salt).digest(), path))
-    return keys
+def _against_the_rest(parts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+    return [
+        ([row for other, rows in enumerate(parts) if other != number for row in rows], part)
+        for number, part in enumerate(parts)
+    ]
+
+
+def _rows_of_parts(
+    images: Dataset, shares: list[float], seed: int, *, first_needs_all: bool, what: str
+) -> list[list[int]]:
+    groups = known_groups(images)
+    split_checks.refuse_few(len(set(groups)), len(shares), what, "groups")
+    keys = group_keys(content_digests(images), groups, seed)
+    numbers = {group: number for number, group in enumerate(sorted(keys, key=keys.__getitem__))}
+    numbered = np.array([numbers[group] for group in groups])
+    labels = np.array(column(images, "label"))
+    parts = assign_groups(numbered, labels, shares, first_needs_all=first_needs_all)[numbered]
+    return [np.flatnonzero(parts == part).tolist() for part in range(len(shares))]
+
+
+def _image_keys(images: Dataset, seed: int) -> list[tuple[bytes, str]]:
+    return image_keys(content_digests(images), column(images, "path"), seed)

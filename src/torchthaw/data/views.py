@@ -22,8 +22,10 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
     """A split of images as tensors, for training or for evaluation.
 
     How sample `i` looks depends on (seed, stage, epoch, i) alone, not on the number of workers or processes, the order
-    of reading, or a restart. With mixup or cutmix every sample decodes a second image, its partner, so that loading
-    costs twice as much; the partner is drawn from the whole split and looks as it does in its own sample.
+    of reading, or a restart. A sampler that draws images several times an epoch can ask for `(i, repeat)`: another
+    repeat looks different, and repeat 0 as `i` does. With mixup or cutmix every sample decodes a second image, its
+    partner, so that loading costs twice as much; the partner is drawn from the whole split and looks as it does in its
+    own sample.
 
     Args:
         dataset: A split with the columns `image`, `label` (`ClassLabel`) and, for messages, `path`.
@@ -90,11 +92,11 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
         """Returns one sample.
 
         Args:
-            index: Row, from 0 on; negative ones count from the end.
+            index: Row, from 0 on; negative ones count from the end. Or row and repeat.
 
         Returns:
             `pixel_values`, float of shape (3, height, width), and `labels`: an integer, or with mixup or cutmix a float
@@ -104,25 +106,26 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
             DataError: The image cannot be decoded; the message names it.
             IndexError: There is no such row.
         """
+        index, repeat = index if isinstance(index, tuple) else (index, 0)
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of a data set with {len(self)} images")
         index = int(index) % len(self)
-        pixels, label = self._view(index)
+        pixels, label = self._view(index, repeat)
         if self.augmentation is None or not self.augmentation.mixes:
             return {"pixel_values": pixels, "labels": torch.tensor(label)}
-        random = np.random.default_rng(self._seed_of(index, "mix"))
-        partner_pixels, partner_label = self._view(int(random.integers(len(self))))
+        random = np.random.default_rng(self._seed_of(index, repeat, "mix"))
+        partner_pixels, partner_label = self._view(int(random.integers(len(self))), 0)
         pixels, share = _mix(pixels, partner_pixels, self.augmentation, random)
         one_hot = F.one_hot(torch.tensor([label, partner_label]), self.num_classes).float()
         return {"pixel_values": pixels, "labels": share * one_hot[0] + (1 - share) * one_hot[1]}
 
-    def _view(self, index: int) -> tuple[Tensor, int]:
+    def _view(self, index: int, repeat: int) -> tuple[Tensor, int]:
         row = self.dataset[index]
         picture = decode_image(row["image"], name=row.get("path"))
-        return transformed(picture, self._transform, self._seed_of(index, "view")), row["label"]
+        return transformed(picture, self._transform, self._seed_of(index, repeat, "view")), row["label"]
 
-    def _seed_of(self, index: int, purpose: str) -> int:
-        return hashed_seed(purpose, self.seed, self.stage, int(self._epoch), index)
+    def _seed_of(self, index: int, repeat: int, purpose: str) -> int:
+        return hashed_seed(purpose, self.seed, self.stage, int(self._epoch), index, *([repeat] if repeat else []))
 
 
 def view_transform(processor: TorchvisionImageProcessor, augmentation: Augmentation | None) -> ImageTransform:

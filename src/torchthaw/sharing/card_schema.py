@@ -147,6 +147,24 @@ class Calibration(_Part):
     ece: dict[str, BeforeAfter] = {}
 
 
+class Spread(_Part):
+    """A figure over the folds of a cross-validation; `std` is the sample standard deviation."""
+
+    mean: float
+    std: float
+    values: tuple[float, ...]
+
+
+class CrossValidation(_Part):
+    """What the folds of a cross-validation reached, one by one and all their validation images together."""
+
+    folds: _Count
+    split_by: str | None = None
+    metric: str | None = None
+    figures: dict[str, Spread] = {}
+    pooled: SplitFigures | None = None
+
+
 class Finding(_Part):
     """One finding of the data audit: `verdict` is "pass", "warn" or "fail"."""
 
@@ -195,6 +213,7 @@ class Results(_Part):
     emissions_kg: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     emissions_source: str = "codecarbon"
     calibration: Calibration | None = None
+    cross_validation: CrossValidation | None = None
     audit: Audit | None = None
 
     @property

@@ -8,7 +8,7 @@ import yaml
 from torchthaw.sharing.card_data import CardData
 from torchthaw.sharing.card_metadata import card_title, data_name, start_of_training
 from torchthaw.sharing.card_numbers import NONE, count, figure, interval, p_value, short
-from torchthaw.sharing.card_schema import ClassFigures, Results, SplitFigures, StageResult
+from torchthaw.sharing.card_schema import ClassFigures, CrossValidation, Results, SplitFigures, StageResult
 from torchthaw.sharing.markdown import one_line, shell_command
 from torchthaw.sharing.markdown import without_absolute_paths as portable
 
@@ -32,6 +32,8 @@ PLOT_NAMES = {
     "confusion_test.png": "Confusion matrix of the test images",
     "reliability_validation.png": "Accuracy against confidence on the validation images",
     "reliability_test.png": "Accuracy against confidence on the test images",
+    "confusion_out_of_fold.png": "Confusion matrix of the validation images of all folds",
+    "reliability_out_of_fold.png": "Accuracy against confidence on the validation images of all folds",
 }
 
 Table = dict[str, Any]
@@ -65,6 +67,7 @@ def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str,
         "reporting": reporting,
         "headline": _headline(measured),
         "metrics": _metrics(measured),
+        "folds": _folds(results.cross_validation) if results.cross_validation else None,
         "most_frequent": _most_frequent(measured[reporting]) if reporting else None,
         "uncertain": {split: figures for split, figures in measured.items() if _is_uncertain(figures)},
         "splits": _splits(results),
@@ -232,6 +235,21 @@ def _metrics(measured: dict[str, SplitFigures]) -> Table | None:
         if any(getattr(figures, key) is not None for figures in measured.values())
     ]
     return _table(["metric", *measured], rows)
+
+
+def _folds(crossed: CrossValidation) -> Table | None:
+    """Shows each figure over the folds, and over their validation images together."""
+    rows = [
+        [
+            METRIC_NAMES.get(key, key),
+            f"{figure(spread.mean)} ± {figure(spread.std)}",
+            f"{figure(min(spread.values))} to {figure(max(spread.values))}",
+            figure(getattr(crossed.pooled, key, None)),
+        ]
+        for key, spread in crossed.figures.items()
+        if spread.values
+    ]
+    return _table(["metric", "mean ± standard deviation", "lowest to highest", "all folds together"], rows)
 
 
 def _most_frequent(figures: SplitFigures) -> str | None:

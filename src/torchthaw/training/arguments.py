@@ -13,14 +13,17 @@ from torchthaw.data.augmentation import Augmentation, make_augmentation
 from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.stages.presets import PlanLike, make_plan
 from torchthaw.training.gate import GATES
+from torchthaw.training.imbalance import ImbalanceSettings
 
 if TYPE_CHECKING:
     PlanArgument = PlanLike
     AugmentationArgument = Augmentation | Mapping[str, Any] | str | None
+    ClassWeightsArgument = Mapping[Any, float] | str | None
 else:
     # HfArgumentParser makes command line options from these: there a preset's name is what can be written.
     PlanArgument = str
     AugmentationArgument = str | None
+    ClassWeightsArgument = str | None
 
 ON_REJECT = ("continue", "stop")
 LAUNCHER_SETTINGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
@@ -55,10 +58,25 @@ class ThawTrainingArguments(TrainingArguments):
         min_gain: Least gain in the metric for which `best` and `significant` keep a stage.
         on_reject: Whether the run goes on with the next stage from the weights before a stage that was not kept
             (`continue`), or ends (`stop`).
+        imbalance: `auto` chooses the next three by the number of training images of each class; see
+            `torchthaw.training.imbalance.propose`. None and `off` leave them as they are.
+        class_weights: Weight of each class in the training loss: `balanced` is n / (K n_c), `sqrt` is in proportion to
+            its square root, both with a mean over images of 1; or a mapping from class names, 1 for those that it
+            leaves out. The loss of a step is the sum of weighted losses over the sum of weights of all its images:
+            those of all processes, and of all batches whose gradients are accumulated. See `TrainingLoss` for mixup
+            and label smoothing.
+        sampling: Draws training images with replacement, as many an epoch as there are: `balanced` draws all classes
+            equally often, `sqrt` in proportion to the square root of their images. See `ClassSampler`.
+        loss: What training minimises: `cross_entropy`, `focal`, or `logit_adjusted`. The loss that validation measures
+            is always plain cross entropy, so that runs can be compared.
+        focal_gamma: Focusing of the focal loss: 0 is cross entropy, and more makes less of images that are classified
+            well already.
+        logit_adjustment: tau of the logit adjusted loss: 1 trains for balanced accuracy, less goes part of the way.
 
     Raises:
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`, the gate is unknown or has no
-            validation to decide by, or FSDP or DeepSpeed is asked for.
+            validation to decide by, settings against imbalance contradict each other, or FSDP or DeepSpeed is asked
+            for.
     """
 
     plan: PlanArgument = "staged"
@@ -66,6 +84,12 @@ class ThawTrainingArguments(TrainingArguments):
     gate: str | None = None
     min_gain: float = 0.0
     on_reject: str = "continue"
+    imbalance: str | None = None
+    class_weights: ClassWeightsArgument = None
+    sampling: str | None = None
+    loss: str = "cross_entropy"
+    focal_gamma: float = 2.0
+    logit_adjustment: float = 1.0
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -102,6 +126,7 @@ class ThawTrainingArguments(TrainingArguments):
             self.augmentation = self.augmentation.to_dict()
         make_augmentation(self.augmentation or "none")
         self._settle_gate()
+        self._check_imbalance()
         # The order of the images must be the run's own on resume, whatever else has drawn random numbers.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
@@ -143,6 +168,16 @@ class ThawTrainingArguments(TrainingArguments):
                     f"the environment has {name}={os.environ[name]}, but stages change what is trainable, which that "
                     "does not allow in one run; choose multi-GPU (DDP) in `accelerate config`, or start with torchrun"
                 )
+
+    def _check_imbalance(self) -> None:
+        if isinstance(self.class_weights, Mapping):
+            self.class_weights = dict(self.class_weights)
+        ImbalanceSettings.of(self).check()
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if self.sampling is not None and str(getattr(strategy, "value", strategy)) != "random":
+            raise PlanError(
+                f"sampling is {self.sampling!r}, and train_sampling_strategy {strategy!r}; keep one of them"
+            )
 
     def _settle_gate(self) -> None:
         validates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"

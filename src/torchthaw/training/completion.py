@@ -18,7 +18,7 @@ from torchthaw.training.datasets import length_of
 
 SGD_MOMENTUM = 0.9
 # Schedules that lower the rates when the validation metric stalls.
-_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 def check_data(args: ThawTrainingArguments, dataset: Any) -> None:
@@ -62,7 +62,7 @@ def complete_arguments(args: ThawTrainingArguments, model: TorchvisionForImageCl
     plan.check_groups(list(model.layer_groups()))
     for stage in plan.stages:
         _check_stage(stage, model)
-        if stage.schedule in _METRIC_SCHEDULES and args.eval_strategy == "no":
+        if stage.schedule in METRIC_SCHEDULES and args.eval_strategy == "no":
             raise PlanError(
                 f"stage {stage.name!r} has the schedule {stage.schedule}, which follows the validation metric, but "
                 "eval_strategy is 'no'; write eval_strategy='epoch', or another schedule such as cosine"
@@ -98,7 +98,7 @@ def optimizer_options(stage: Stage) -> dict[str, Any]:
 def schedule_options(args: ThawTrainingArguments, stage: Stage) -> dict[str, Any]:
     """Returns what the stage's schedule is made with; those that follow a metric get its direction."""
     options: dict[str, Any] = dict(stage.schedule_args or {})
-    if stage.schedule in _METRIC_SCHEDULES:
+    if stage.schedule in METRIC_SCHEDULES:
         options.setdefault("mode", "max" if args.greater_is_better else "min")
     if stage.schedule == "greedy":
         # Its own floor of 1e-3 is above most rates of fine-tuning.

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Sized
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 from datasets import Dataset as ImageDataset
 from datasets import Image as ImageFeature
 from datasets import IterableDataset as ImageIterable
@@ -93,6 +95,35 @@ def set_epoch(loader: Any, epoch: int) -> None:
 def length_of(dataset: Any) -> int | None:
     """Returns the number of images; None for streams."""
     return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def labels_of(dataset: Any, *, read: bool) -> npt.NDArray[np.int64] | None:
+    """Returns the class id of each image.
+
+    Args:
+        dataset: A view of images, or a data set of samples.
+        read: Whether to go through all samples where there is no column of labels.
+
+    Returns:
+        Shape (N,); None for a stream, or where the labels could only be had by reading and were not to be read.
+
+    Raises:
+        PlanError: samples have no `labels`, or others than class ids.
+    """
+    if isinstance(dataset, ImageView):
+        return np.asarray(dataset.dataset["label"], dtype=np.int64)
+    length = length_of(dataset)
+    if length is None or not read:
+        return None
+    labels = [np.asarray(dataset[row].get("labels")) for row in range(length)]
+    wrong = next((label for label in labels if label.ndim > 0 or label.dtype.kind not in "iu"), None)
+    if wrong is not None:
+        raise PlanError(
+            f"the numbers of training images by class are needed, but the samples of the training data have labels "
+            f"such as {wrong.tolist()!r}; pass samples whose `labels` is a class id, or class_weights with a weight "
+            "for each class name"
+        )
+    return np.asarray(labels, dtype=np.int64)
 
 
 def fingerprint_of(dataset: Any) -> str | None:

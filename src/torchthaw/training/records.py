@@ -16,6 +16,8 @@ class StageRecord:
         train_images_per_second: Training images over the time of the whole stage.
         trainable_parameters: Number of trainable scalars.
         best_metric: Best validation value of the selection metric within the stage; None without validation.
+        best_step: Optimizer steps of the stage up to that; None also if it lies in a try that broke down.
+        best_epoch: The same in epochs of the stage, a fraction where validation came within an epoch.
         learning_rates: Peak rate of each live layer group.
         batch_norm: BatchNorm policy of live groups.
         accepted: Whether the run went on from this stage's weights.
@@ -42,6 +44,8 @@ class StageRecord:
     changes: dict[str, float] = field(default_factory=dict)
     frozen_unchanged: bool = True
     ended_early: str | None = None
+    best_step: int | None = None
+    best_epoch: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as plain data."""

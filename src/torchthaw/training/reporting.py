@@ -84,7 +84,7 @@ class ReportingTrainer(PushingTrainer):
         again = "test" in earlier and earlier["model"] == results["model"]
         results["test_reads"] = earlier.get("test_reads", 0) + int("test" in results and not again)
         if prove:
-            proof = prove_saved(folder, self.model, self._validation_view())
+            proof = prove_saved(folder, self.model, self._proof_view())
             results |= {} if proof is None else {"saved_folder": proof}
         if started is not None:
             results["seconds_total"] = round(time.monotonic() - started, 3)
@@ -140,6 +140,13 @@ class ReportingTrainer(PushingTrainer):
         key = self._metric_key()
         named = [name for name in self.eval_dataset if key.startswith(f"eval_{name}_")]
         return self.eval_dataset[named[0] if named else next(iter(self.eval_dataset))]
+
+    def _proof_view(self) -> Any:
+        """Returns images by which a saved folder is compared: for validation, or else for training, not augmented."""
+        view = self._validation_view()
+        if view is None and isinstance(self._train_data, ImageView):
+            view = as_view(self._train_data.dataset, self.model, self.processing_class, self.args, train=False)
+        return view
 
     def create_model_card(
         self,

@@ -92,6 +92,9 @@ def conclude(
     steps = state.global_step - progress.stage_start_step
     epochs = float(state.epoch or 0) - progress.stage_start_epoch
     images = steps * images_per_step if num_images is None else round(epochs * num_images)
+    best_step = None if candidate is None else candidate.step - progress.stage_start_step
+    if best_step is not None and best_step <= 0:
+        best_step = None  # in a try that broke down
     record = StageRecord(
         name=stage.name,
         epochs=math.ceil(epochs),
@@ -108,6 +111,8 @@ def conclude(
         changes={name: round(change, 6) for name, change in changes.items()},
         frozen_unchanged=True,
         ended_early="; then ".join([*progress.failures, *filter(None, [failure or progress.stage_over])]) or None,
+        best_step=best_step,
+        best_epoch=None if best_step is None else round(best_step * epochs / steps, 4),
     )
     progress.records.append(record)
     return record

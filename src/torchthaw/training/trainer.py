@@ -5,12 +5,9 @@ import os
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from datasets import Dataset as ImageDataset
 from datasets import IterableDataset as ImageIterable
-from torch import nn
 from torch.utils.data import Dataset
-from transformers.trainer_pt_utils import LabelSmoother
 
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.views import collate
@@ -19,13 +16,13 @@ from torchthaw.evaluation.metrics import compute_metrics as classification_compu
 from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import make_plan
 from torchthaw.training.arguments import ThawTrainingArguments
+from torchthaw.training.balanced_training import BalancedTrainer
 from torchthaw.training.completion import check_data, complete_arguments
 from torchthaw.training.datasets import as_view, length_of, stage_view
 from torchthaw.training.gate import supports_test
-from torchthaw.training.reporting import ReportingTrainer
 
 
-class ThawTrainer(ReportingTrainer):
+class ThawTrainer(BalancedTrainer):
     """Trains a torchthaw model stage by stage; everything else is `Trainer`.
 
     Defaults that differ from `Trainer`: data sets with an image and a label column (as `load_image_dataset` gives
@@ -49,10 +46,11 @@ class ThawTrainer(ReportingTrainer):
         plan: The plan with all defaults filled in.
         stage: The stage that runs now, or None.
         stage_records: A `StageRecord` for each stage that was run.
+        balance: What the run does about uneven classes.
 
     Raises:
-        PlanError: a stage does not fit the model or the data, an optimizer was passed (each stage makes its own), or
-            FSDP or DeepSpeed was asked for.
+        PlanError: a stage, or what was asked for against imbalance, does not fit the model or the data, an optimizer
+            was passed (each stage makes its own), or FSDP or DeepSpeed was asked for.
     """
 
     def __init__(
@@ -113,6 +111,7 @@ class ThawTrainer(ReportingTrainer):
         self.train_dataset = self._train_data = self._as_view(self._given_data, train=True)
         for index, stage in enumerate(self.plan.stages):
             stage_view(self._train_data, index, stage)
+        self._settle_balance()
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._as_view(data, train=False) for name, data in self.eval_dataset.items()}
         else:
@@ -172,25 +171,8 @@ class ThawTrainer(ReportingTrainer):
         if trial is None:
             return
         # Made in the beginning, before the search has set what they depend on.
-        share = self.args.label_smoothing_factor
-        several_labels = self.model.config.problem_type == "multi_label_classification"
-        self.label_smoother = LabelSmoother(epsilon=share) if share and not several_labels else None
         self.train_dataset = self._train_data = self._as_view(self._given_data, train=True)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        labels = inputs.get("labels")
-        if self.label_smoother is None or labels is None or labels.ndim < 2:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Trainer's smoothing takes class ids; mixup gives a distribution over the classes.
-        share = self.args.label_smoothing_factor
-        outputs = model(**{**inputs, "labels": (1 - share) * labels + share / labels.shape[1]})
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        self._settle_balance()
 
 
 def _default_space(trial: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class ValidatingTrainer(GuardedTrainer):
         self._validated[metric_key_prefix] = (output.predictions, output.label_ids)
         key = f"{metric_key_prefix}_loss"
         metrics = output.metrics or {}
-        if key in metrics and self.label_smoother is None and self.compute_loss_func is None:
+        if key in metrics and self.compute_loss_func is None:
             # Trainer's mean counts the images double that fill up the last batch of several processes.
             exact = _mean_log_loss(output.predictions, output.label_ids)
             metrics[key] = metrics[key] if exact is None else exact

@@ -1,0 +1,1 @@
+"""What is wrong with a data set: one look at every image, and findings with a verdict and what to do."""

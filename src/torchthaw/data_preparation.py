@@ -1,0 +1,229 @@
+"""From a recipe to splits that can be trained on: loaded, audited, cut."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Value
+
+from torchthaw.auditing import MOST_IMAGES_FOR_FEATURES, backbone_features, examine, refuse_failed, show
+from torchthaw.console import Reporter
+from torchthaw.data.audit.audit import Examined, judge
+from torchthaw.data.audit.report import AuditReport
+from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
+from torchthaw.data.hub_datasets import loaded_revision
+from torchthaw.data.images import BadImage, check_images, leave_out
+from torchthaw.data.loading import load_image_dataset
+from torchthaw.data.split_list import apply_split_list
+from torchthaw.data.splitting import describe_split, split_dataset, split_unit
+from torchthaw.errors import DataError
+from torchthaw.recipe import DataRecipe, Recipe
+from torchthaw.training import processes
+from torchthaw.training.imbalance import IMBALANCE_FOR_MACRO_F1
+from torchthaw.user_errors import as_user_error
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Splits ready for training, and where they came from.
+
+    Attributes:
+        splits: Images by split.
+        class_names: In the order of the logits.
+        bad_images: What was left out.
+        origins: For each split its `origin` (`given`, `cut off`, `the rest`), and the `share` that was asked for.
+        split_by: What was kept apart: `image`, `group` or `time`.
+        split_method: The same in words.
+        audit: What the audit found; None if it was off.
+        revision: Commit of a data set on the Hub, as far as it is known.
+    """
+
+    splits: DatasetDict
+    class_names: list[str]
+    bad_images: list[BadImage]
+    origins: dict[str, dict[str, Any]]
+    split_by: str
+    split_method: str
+    audit: AuditReport | None = None
+    revision: str | None = None
+
+
+def prepare_data(
+    recipe: Recipe, *, reporter: Reporter, needs_validation: bool = True, features: bool = True
+) -> PreparedData:
+    """Loads, audits and splits the images of a recipe.
+
+    Unless the audit is off, every image is looked at once; where neither groups nor times are known, images that are
+    copies of each other, exactly or nearly, are kept in one split.
+
+    Args:
+        recipe: The recipe.
+        reporter: Where messages go.
+        needs_validation: Whether to cut off validation images where none are given.
+        features: Whether the audit may load the pretrained backbone, to look for suspicious labels.
+
+    Raises:
+        DataError: the data cannot be read or does not fit, or fails its audit, which is strict.
+    """
+    data = recipe.data
+    loaded = load_data(data)
+    revision = loaded_revision(loaded)
+    listed = loaded if data.splits is None else apply_split_list(loaded, data.splits)
+    looked = _look(listed, reporter) if recipe.audit != "off" else _check(listed, reporter)
+    bad = [image for found in looked.bad.values() for image in found]
+    if bad:
+        reporter.say(f"Left out {len(bad)} unreadable images: {', '.join(image.path for image in bad[:5])} ...")
+    splits = DatasetDict(leave_out(listed, looked.bad, on_bad=data.on_bad_image))
+    given = set(splits)
+    together = looked.clusters if data.split_by == "auto" and split_unit(splits) == "image" else []
+    if together:
+        splits["train"] = _keep_together(splits["train"], together)
+    validation = data.validation if needs_validation else 0
+    cut = split_dataset(splits, validation=validation, test=data.test, seed=recipe.seed, by=data.split_by)
+    if needs_validation and "validation" not in cut:
+        raise DataError("there are no validation images; write data: {validation: 0.15} to cut some off for training")
+    report = processes.on_main(lambda: looked.report(recipe, splits, cut, reporter, features))
+    if report is not None:
+        show(report, reporter)
+        if recipe.audit == "strict":
+            refuse_failed(report)
+    unit, method = describe_split(splits, by=data.split_by, seed=recipe.seed)
+    if together:
+        unit = "image"
+        method = (
+            f"stratified by class, copies of the same picture kept together ({len(together)} sets), chosen by the "
+            f"images' content and seed {recipe.seed}"
+        )
+    return PreparedData(
+        splits=cut,
+        class_names=cut["train"].features["label"].names,
+        bad_images=bad,
+        origins=_origins(given, cut, {"validation": validation, "test": data.test}),
+        split_by=unit,
+        split_method=method,
+        audit=report,
+        revision=revision,
+    )
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What is known of all images before they are split.
+
+    Attributes:
+        bad: Images that cannot be decoded, by split.
+        clusters: Paths of images that are copies of each other.
+        report: Makes the audit's report, in the first process.
+    """
+
+    bad: dict[str, list[BadImage]]
+    clusters: list[list[str]] = field(default_factory=list)
+    report: Callable[..., AuditReport | None] = lambda *_: None
+
+
+def _check(splits: DatasetDict, reporter: Reporter) -> _Looked:
+    """Decodes every image, and nothing more."""
+    checked = {
+        name: check_images(images, on_bad="drop", progress=not reporter.quiet) for name, images in splits.items()
+    }
+    return _Looked({name: bad for name, (_, bad) in checked.items()})
+
+
+def _look(splits: DatasetDict, reporter: Reporter) -> _Looked:
+    """Looks at every image for the audit, in the first process."""
+    examined: list[Examined] = []
+
+    def look() -> tuple[dict[str, list[BadImage]], list[list[str]]]:
+        examined.append(examine(splits, reporter))
+        return examined[0].scan.bad, examined[0].clusters
+
+    bad, clusters = processes.on_main(look)
+    return _Looked(bad, clusters, lambda *args: _judge(examined[0], *args))
+
+
+def _judge(
+    examined: Examined, recipe: Recipe, whole: DatasetDict, cut: DatasetDict, reporter: Reporter, look_closer: bool
+) -> AuditReport:
+    """Judges the split that training will use."""
+    images = examined.scan.images
+    where = {path: split for split, rows in cut.items() for path in rows.select_columns(["path"])[:]["path"]}
+    features, not_checked = None, {}
+    if not look_closer:
+        not_checked["suspicious labels"] = "that takes the backbone's weights"
+    elif recipe.weights is None:
+        not_checked["suspicious labels"] = "that takes pretrained weights"
+    elif len(images) > MOST_IMAGES_FOR_FEATURES:
+        not_checked["suspicious labels"] = (
+            f"before training only up to {MOST_IMAGES_FOR_FEATURES:,} images are looked at with the backbone; "
+            f"torchthaw audit DATA --backbone {recipe.backbone} looks at all"
+        )
+    else:
+        with as_user_error():
+            features, seconds = backbone_features(
+                whole,
+                reporter,
+                backbone=recipe.backbone,
+                weights=recipe.weights,
+                image_size=recipe.image_size,
+                batch_size=recipe.batch_size,
+                num_workers=recipe.num_workers,
+            )
+        examined.seconds["features"] = seconds
+    return judge(
+        examined,
+        [where[image.path] for image in images],
+        features=features,
+        dropped=recipe.data.on_bad_image == "drop",
+        seed=recipe.seed,
+        not_checked=not_checked,
+    )
+
+
+def _origins(given: set[str], splits: Collection[str], shares: dict[str, float | int]) -> dict[str, dict[str, Any]]:
+    origins: dict[str, dict[str, Any]] = {}
+    for split in splits:
+        if split not in given:
+            origins[split] = {"origin": "cut off", "share": shares[split]}
+        else:
+            rest = split == "train" and len(given) < len(splits)
+            origins[split] = {"origin": "the rest" if rest else "given", "share": None}
+    return origins
+
+
+def load_data(recipe: DataRecipe, *, class_names: Sequence[str] | None = None) -> DatasetDict:
+    """Loads the splits that a recipe's data section names.
+
+    Args:
+        recipe: The section.
+        class_names: Classes of a trained model, by whose order labels are numbered; None takes the data's.
+    """
+    if recipe.path is not None and recipe.path.startswith(BUILTIN_PREFIX):
+        return load_builtin_dataset(recipe.path.removeprefix(BUILTIN_PREFIX))
+    source = recipe.path or recipe.name
+    assert source is not None
+    return load_image_dataset(
+        source,
+        name=recipe.config,
+        revision=recipe.revision,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        class_names=class_names,
+        group=recipe.group,
+        time=recipe.time,
+    )
+
+
+def selection_metric(recipe: Recipe, data: PreparedData) -> str:
+    """Returns what chooses the best weights: macro F1 or accuracy."""
+    if recipe.metric != "auto":
+        return recipe.metric
+    counts = np.bincount(data.splits["train"]["label"], minlength=len(data.class_names))
+    return "macro_f1" if counts.max() >= IMBALANCE_FOR_MACRO_F1 * max(1, counts.min()) else "accuracy"
+
+
+def _keep_together(images: Dataset, clusters: Sequence[Sequence[str]]) -> Dataset:
+    """Makes copies of a picture a group, and each other image one of its own."""
+    group_of = {path: f"copies of {paths[0]}" for paths in clusters for path in paths}
+    groups = [group_of.get(path, path) for path in images.select_columns(["path"])[:]["path"]]
+    return images.add_column("group", groups, feature=Value("string"))
