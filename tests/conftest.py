@@ -72,3 +72,23 @@ def make_image_folder(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def draw_photo() -> Callable[..., Image.Image]:
+    """Returns a function that draws what has the statistics of photographs, another number an unrelated one."""
+
+    def draw(number: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
+        random = np.random.default_rng(number)
+        width, height = size
+        rows, columns = np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij")
+        # 1/f noise: smooth shapes, and ever less detail at ever finer scales.
+        falloff = 1 / np.maximum(np.hypot(rows, columns), 1 / max(size)) ** 1.1
+        noise = [np.fft.rfft2(random.normal(size=(height, width))) * falloff for _ in range(3)]
+        layers = [np.fft.irfft2(layer, s=(height, width)) for layer in noise]
+        # The colours of a photograph go together.
+        pixels = np.stack([layers[0] + 0.3 * layer for layer in layers], axis=-1)
+        pixels = 128 + 45 * (pixels - pixels.mean()) / pixels.std()
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    return draw

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from datasets import DatasetDict
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score, recall_score
@@ -23,11 +22,10 @@ from transformers import pipeline
 
 import torchthaw
 from torchthaw import cli, cross_validation
-from torchthaw.cross_validation import final_recipe, join_validation, make_folds
-from torchthaw.data.loading import load_image_dataset
+from torchthaw.console import Reporter
+from torchthaw.cross_validation import final_recipe, make_folds, prepare_images
 from torchthaw.errors import TrainingError
 from torchthaw.evaluation.predictions import read_predictions
-from torchthaw.data_preparation import PreparedData
 from torchthaw.recipe import load_recipe
 from torchthaw.single_run import make_trainer
 
@@ -149,7 +147,9 @@ def test_without_a_final_model_the_test_images_stay_unread(crossed):
     assert "test" not in results
     assert results["test_reads"] == 0
     assert results["num_images"] == {"train": 27, "test": 9}
-    assert {path.name for path in out.iterdir()} == {"folds", "plots", "predictions", "recipe.yaml", "results.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "audit.json", "folds", "plots", "predictions", "recipe.yaml", "results.json",
+    }  # fmt: skip
     for folder in fold_folders(out):
         assert "test" not in results_in(folder)
         assert results_in(folder)["test_reads"] == 0
@@ -208,7 +208,10 @@ def test_a_fold_is_a_run_that_says_what_it_is(photos, crossed):
     results = results_in(folder)
     assert results["fold"]["number"] == 2
     assert results["data"]["splits"]["validation"]["origin"] == "fold 2 of 3"
-    assert "| validation | 9 | fold 2 of 3 |" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "| validation | 9 | fold 2 of 3 |" in card
+    assert (folder / "audit.json").read_bytes() == (out / "audit.json").read_bytes()
+    assert "No audit" not in card
     assert {path.name for path in (folder / "stages").iterdir() if path.name.startswith("checkpoint")} <= {
         "checkpoint-3", "checkpoint-6", "checkpoint-9"
     }  # fmt: skip
@@ -407,54 +410,53 @@ def test_a_dry_run_counts_the_steps_of_all_folds(run, photos, crossed, tmp_path)
 # Without training
 
 
-def prepared(splits):
-    names = splits["train"].features["label"].names
-    origins = {split: {"origin": "given", "share": None} for split in splits}
-    return PreparedData(splits, names, [], origins)
-
-
-def recipe_of(photos, **keys):
-    return load_recipe(
+def folds_of(data, **keys):
+    recipe = load_recipe(
         {"backbone": "shufflenet_v2_x0_5", "weights": "builtin", "image_size": 32, "batch_size": 4, "cv": 3,
-         "data": {"path": str(photos)}, **keys}
+         "data": {"path": str(data), **keys}}
     )  # fmt: skip
+    images = prepare_images(recipe, Reporter(quiet=True), features=False)
+    return images, make_folds(recipe, images, "accuracy")
 
 
-def test_folds_of_time_are_trained_on_what_came_before(photos):
-    images = load_image_dataset(str(photos))["train"]
-    data = prepared(DatasetDict(train=images.add_column("time", [float(row * 7 % 36) for row in range(36)])))
-    folds = make_folds(recipe_of(photos, data={"path": str(photos), "split_by": "time"}), data, "accuracy")
+def test_groups_are_never_in_both_splits_of_a_fold(photos):
+    # Twelve groups of three images, with all classes in each.
+    data, folds = folds_of(photos, group=r"(\d+)\.png", test=0.25)
+    everything = {split: set(images["group"]) for split, images in data.splits.items()}
+    assert sorted(everything["train"] | everything["test"]) == [f"{number:03d}" for number in range(12)]
+    validated = []
+    for fold in folds:
+        groups = {split: set(images["group"]) for split, images in fold.splits.items()}
+        assert not groups["train"] & groups["validation"]
+        assert groups["train"] | groups["validation"] == everything["train"]
+        validated += fold.splits["validation"]["path"]
+    assert sorted(validated) == sorted(data.splits["train"]["path"])
+    assert not everything["train"] & everything["test"]
+
+
+def test_folds_of_time_are_trained_on_what_came_before(photos, tmp_path):
+    lines = [f"{label}/{number:03d}.png,{label},{number * 7 % 12}" for label in CLASSES for number in range(12)]
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    (data / "metadata.csv").write_text("\n".join(["file_name,label,taken", *lines]) + "\n")
+    _, folds = folds_of(data, time="taken")
     assert len(folds) == 3
     for fold in folds:
         assert max(fold.splits["train"]["time"]) < min(fold.splits["validation"]["time"])
 
 
-def test_groups_are_never_in_both_splits_of_a_fold(photos):
-    images = load_image_dataset(str(photos))["train"]
-    # Twelve groups of three images, with all classes in each.
-    groups = [path.rsplit("/", 1)[1] for path in images["path"]]
-    data = prepared(DatasetDict(train=images.add_column("group", groups)))
-    folds = make_folds(recipe_of(photos), data, "accuracy")
-    validated = []
-    for fold in folds:
-        train, validation = (set(fold.splits[split]["group"]) for split in ("train", "validation"))
-        assert not train & validation
-        assert train | validation == set(groups)
-        validated += fold.splits["validation"]["path"]
-    assert sorted(validated) == sorted(images["path"])
-
-
-def test_given_validation_images_are_folded_too(photos):
-    images = load_image_dataset(str(photos))["train"]
-    parts = {"train": range(0, 36, 2), "validation": range(1, 36, 4), "test": range(3, 36, 4)}
-    data = prepared(DatasetDict({split: images.select(list(rows)) for split, rows in parts.items()}))
-    joined = join_validation(data)
-    assert set(joined.splits) == {"train", "test"}
-    assert set(joined.origins) == {"train", "test"}
-    assert set(data.splits) == {"train", "validation", "test"}, "what was given is as it was"
-    folds = make_folds(recipe_of(photos), joined, "accuracy")
-    validated = [path for fold in folds for path in fold.splits["validation"]["path"]]
-    assert sorted(validated) == sorted([*data.splits["train"]["path"], *data.splits["validation"]["path"]])
+def test_copies_of_a_picture_are_in_one_fold_also_if_one_was_given_for_validation(make_image_folder):
+    data = make_image_folder(per_class=6, splits=("train", "val"))
+    copies = {"train/ant/copy.png": "val/ant/000.png", "val/bee/copy.png": "train/bee/001.png"}
+    for copy, original in copies.items():
+        shutil.copy(data / original, data / copy)
+    _, folds = folds_of(data)
+    validated = [set(fold.splits["validation"]["path"]) for fold in folds]
+    assert sorted(path for paths in validated for path in paths) == sorted(
+        file.relative_to(data).as_posix() for file in data.rglob("*.png")
+    )
+    for copy, original in copies.items():
+        assert [copy in paths for paths in validated] == [original in paths for paths in validated]
     assert all(set(fold.splits) == {"train", "validation"} for fold in folds)
 
 
@@ -482,8 +484,11 @@ STAGES = [
 ]
 
 
-def test_the_final_plan_takes_what_half_of_the_folds_kept(photos):
-    recipe = recipe_of(photos, stages=STAGES, cv=4, cv_final=True, gate="significant", on_reject="stop")
+def test_the_final_plan_takes_what_half_of_the_folds_kept():
+    recipe = load_recipe(
+        {"backbone": "resnet18", "data": {"path": "photos"}, "stages": STAGES, "cv": 4, "cv_final": True,
+         "gate": "significant", "on_reject": "stop"}
+    )  # fmt: skip
     said = votes(
         ("head", [True] * 4, [1, 2, 3, 9]),
         ("mid", [False, True, False, False], [5]),

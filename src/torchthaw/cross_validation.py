@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 
 from torchthaw.console import Reporter
 from torchthaw.data.splitting import fold_dataset
@@ -58,8 +58,7 @@ def prepare_images(recipe: Recipe, reporter: Reporter, *, features: bool = True)
     if recipe.cv is None:
         return prepare_data(recipe, reporter=reporter, features=features)
     _check_schedules(recipe)
-    data = prepare_data(recipe, reporter=reporter, features=features, needs_validation=False)
-    return join_validation(data)
+    return prepare_data(recipe, reporter=reporter, features=features, needs_validation=False)
 
 
 def _check_schedules(recipe: Recipe) -> None:
@@ -70,17 +69,6 @@ def _check_schedules(recipe: Recipe) -> None:
                 "the final model of a cross-validation has no validation images; write another schedule such as "
                 "cosine, or cv_final: false"
             )
-
-
-def join_validation(data: PreparedData) -> PreparedData:
-    """Returns the data with validation images that were given among the training images."""
-    given = data.splits.get("validation")
-    if given is None:
-        return data
-    splits = DatasetDict(data.splits)
-    splits["train"] = concatenate_datasets([splits["train"], splits.pop("validation")])
-    origins = {split: origin for split, origin in data.origins.items() if split != "validation"}
-    return dataclasses.replace(data, splits=splits, origins=origins)
 
 
 def make_folds(recipe: Recipe, data: PreparedData, metric: str) -> list[PreparedData]:
@@ -211,6 +199,7 @@ def _run_fold(job: Job, number: int, output: Path, reporter: Reporter) -> dict[s
     # Only here, where all has been checked; and before the fold's, so that the output folder is known as this run's.
     write_recipe(recipe, output)
     write_audit(job.data, output)
+    write_audit(job.data, folder)
     write_recipe(recipe, folder, comment=f"{name.capitalize()} of the cross-validation that this recipe asks for.")
     return train_and_save(
         dataclasses.replace(job, resume=resume),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Value
+from datasets import Dataset, DatasetDict, Value, concatenate_datasets
 
 from torchthaw.auditing import MOST_IMAGES_FOR_FEATURES, backbone_features, examine, refuse_failed, show
 from torchthaw.console import Reporter
@@ -60,7 +60,8 @@ def prepare_data(
     Args:
         recipe: The recipe.
         reporter: Where messages go.
-        needs_validation: Whether to cut off validation images where none are given.
+        needs_validation: Whether to cut off validation images where none are given; without the need, given ones are
+            training images.
         features: Whether the audit may load the pretrained backbone, to look for suspicious labels.
 
     Raises:
@@ -70,6 +71,8 @@ def prepare_data(
     loaded = load_data(data)
     revision = loaded_revision(loaded)
     listed = loaded if data.splits is None else apply_split_list(loaded, data.splits)
+    if not needs_validation:
+        listed = _join_validation(listed)
     looked = _look(listed, reporter) if recipe.audit != "off" else _check(listed, reporter)
     bad = [image for found in looked.bad.values() for image in found]
     if bad:
@@ -220,6 +223,12 @@ def selection_metric(recipe: Recipe, data: PreparedData) -> str:
         return recipe.metric
     counts = np.bincount(data.splits["train"]["label"], minlength=len(data.class_names))
     return "macro_f1" if counts.max() >= IMBALANCE_FOR_MACRO_F1 * max(1, counts.min()) else "accuracy"
+
+
+def _join_validation(splits: DatasetDict) -> DatasetDict:
+    parts = [splits[split] for split in ("train", "validation") if split in splits]
+    rest = {split: images for split, images in splits.items() if split not in ("train", "validation")}
+    return DatasetDict(train=concatenate_datasets(parts), **rest)
 
 
 def _keep_together(images: Dataset, clusters: Sequence[Sequence[str]]) -> Dataset:

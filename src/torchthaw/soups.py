@@ -89,7 +89,7 @@ def _validation_images(
     runs: Sequence[str], data: str | None, split: str, config: TorchvisionConfig, reporter: Reporter
 ) -> Dataset:
     if data is not None:
-        splits = load_data(DataRecipe(path=data), class_names=config.class_names)
+        splits = load_data(DataRecipe(path=data, group="none"), class_names=config.class_names)
         if split not in splits:
             raise DataError(
                 f"{data} has no split {split!r}; it has {', '.join(splits)}. Pass --split, or leave out --data to take "

@@ -47,7 +47,7 @@ def evaluate_saved(source: str, data: str, split: str, *, batch_size: int = 32, 
     """
     model, processor = load_on_device(source)
     names = model.config.class_names
-    splits = load_data(DataRecipe(path=data), class_names=names)
+    splits = load_data(DataRecipe(path=data, group="none"), class_names=names)
     if split not in splits:
         raise DataError(
             f"{data} has no split {split!r}.{did_you_mean(split, splits)} It has {', '.join(splits)}; "

@@ -8,8 +8,11 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import WeightedRandomSampler
 
+from torchthaw import TorchvisionImageProcessor, load_image_dataset
+from torchthaw.data.augmentation import make_augmentation
 from torchthaw.data.class_balance import class_counts, class_probabilities, count_weights, imbalance_ratio
 from torchthaw.data.class_sampler import ClassSampler
+from torchthaw.data.views import ImageView
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [400, 100, 25, 4]))
 
@@ -90,3 +93,19 @@ def test_repeats_count_earlier_draws_of_the_same_image():
     assert len(set(pairs)) == len(pairs), "no draw of an image is like another"
     most = Counter(plain).most_common(1)[0]
     assert [repeat for row, repeat in pairs if row == most[0]] == list(range(most[1]))
+
+
+@pytest.mark.parametrize("augmentation", ["light", {"mixup": 1.0}])
+def test_repeats_of_an_image_look_different_and_again_the_same(make_image_folder, augmentation):
+    processor = TorchvisionImageProcessor.from_torchvision("shufflenet_v2_x0_5", weights=None, image_size=32)
+    images = load_image_dataset(make_image_folder(per_class=3))["train"]
+
+    def pixels(index):
+        return ImageView(images, processor, make_augmentation(augmentation))[index]["pixel_values"]
+
+    assert torch.equal(pixels((4, 0)), pixels(4))
+    assert torch.equal(pixels((4, 2)), pixels((4, 2)))
+    for one, another in ((0, 1), (1, 2), (0, 2)):
+        assert not torch.equal(pixels((4, one)), pixels((4, another)))
+    with pytest.raises(IndexError):
+        pixels((9, 0))

@@ -5,6 +5,7 @@ import logging
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
@@ -184,7 +185,7 @@ def test_a_column_of_a_data_set(tmp_path):
     assert groups_of(load_image_dataset(dataset, group="patient")) == dict(
         zip(["0.png", "1.png", "2.png", "3.png"], "xxyy", strict=True)
     )
-    both = DatasetDict(train=dataset, test=table(["y", "z"], name="patient").map(lambda row, n: row, with_indices=True))
+    both = DatasetDict(train=dataset, test=table(["y", "z"]))
     found = load_image_dataset(both, group="patient")
     assert {split: images["group"][:] for split, images in found.items()} == {
         "train": ["x", "x", "y", "y"],
@@ -194,6 +195,11 @@ def test_a_column_of_a_data_set(tmp_path):
     assert numbers["train"]["group"][:] == ["7", "7", "8", "9"]
     named = load_image_dataset(table([1, 0, 1, 0], ClassLabel(names=["zoo", "park"])), group="patient")
     assert named["train"]["group"][:] == ["park", "zoo", "park", "zoo"]
+    # A column may be both, as a day of which all pictures belong together.
+    days = table(["2024-01-02", "2024-01-02", "2024-01-05", "2024-01-06"], name="day")
+    days = load_image_dataset(days, group="day", time="day")["train"]
+    assert days["group"][:] == ["2024-01-02", "2024-01-02", "2024-01-05", "2024-01-06"]
+    assert np.diff(days["time"][:]).tolist() == [0, 3 * 86400, 86400]
     dataset.to_parquet(tmp_path / "train.parquet")
     assert set(groups_of(load_image_dataset(tmp_path, group="patient")).values()) == {"x", "y"}
 

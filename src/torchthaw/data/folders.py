@@ -117,7 +117,7 @@ def read_class_folders(folder: Path, root: Path) -> list[Record]:
         DataError: There are no class folders, or some are empty.
     """
     classes = _subfolders(folder)
-    loose = sorted(path.name for path in folder.iterdir() if not path.is_dir() and path.name != GROUPS_FILE)
+    loose = sorted(path.name for path in folder.iterdir() if not path.is_dir() and path != root / GROUPS_FILE)
     if not classes:
         pictures = [name for name in loose if _is_image(name)]
         if pictures:

@@ -16,10 +16,11 @@ def assign_groups(
     """Assigns each group to a part, none of which stays empty.
 
     The parts' shares of each class and of all images should be as given: the sum over classes and parts of
-    `(share got - share asked)^2 / share asked`, averaged over classes, plus the same for all images, is made small,
-    and each class that a part lacks costs as much as the part's classes have on average if they are out by their whole
-    share. Large groups are placed first, each where it lowers the sum most; then groups are moved and exchanged while
-    that lowers it. (Placing large groups first is what scikit-learn's StratifiedGroupKFold does.)
+    `(share got - share asked)^2 / share asked`, averaged over classes, plus the same for all images, is made small. To
+    it comes, for each class that a part lacks, 1 / number of classes, so that a class of few groups is spread out
+    before its shares are exact. Large groups are placed first, each where it lowers the sum most (scikit-learn's
+    StratifiedGroupKFold places one group after the other too, and ends there); then groups are moved and exchanged
+    while that lowers it.
 
     Args:
         groups: Group of each image, numbered from 0 in the order in which groups of a size are placed.

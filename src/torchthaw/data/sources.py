@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset
 
 from torchthaw.data.columns import Columns, find_columns
 from torchthaw.data.folders import (
@@ -209,9 +209,9 @@ def _from_tables(tables: Mapping[str, Dataset], where: str, wanted: Columns) -> 
     found = {}
     for split, (kept, _, apart) in splits.items():
         found[split] = kept.add_column("path", paths_of[split], feature=Value("string"))
-        for name, table in apart.items():
+        for name, rows in apart.items():
             column = wanted.apart[name]
-            found[split] = concatenate_datasets([found[split], table.rename_columns({column: name})], axis=1)
+            found[split] = found[split].add_column(name, rows[:][column], feature=rows.features[column])
     return found
 
 

@@ -48,7 +48,9 @@ class BalancedTrainer(ReportingTrainer):
         self.balance = settle(
             settings, labels=self._labels, class_names=self.model.config.class_names, several_labels=several_labels
         )
-        loss = _training_loss(self.balance, self.args.label_smoothing_factor, several_labels=several_labels)
+        loss = make_training_loss(
+            self.balance, self.args.label_smoothing_factor, several_labels=several_labels, device=self.args.device
+        )
         # Trainer's own smoothing would be in the validation loss too, and knows no distributions over classes.
         self.label_smoother = None
         self.training_loss = None if loss.is_plain or self.compute_loss_func is not None else loss
@@ -110,14 +112,24 @@ class BalancedTrainer(ReportingTrainer):
         return {**super()._measure(*args, **kwargs), "imbalance": self.balance.to_dict()}
 
 
-def _training_loss(balance: Balance, smoothing: float, *, several_labels: bool) -> TrainingLoss:
+def make_training_loss(
+    balance: Balance, smoothing: float, *, several_labels: bool, device: torch.device
+) -> TrainingLoss:
+    """Returns what training minimises.
+
+    Args:
+        balance: What is done about uneven classes.
+        smoothing: Share of each label spread over all classes; without effect where images may have several labels.
+        several_labels: Whether they may.
+        device: Where the loss is computed.
+    """
     settings = balance.settings
-    weights = None if balance.weights is None else torch.tensor(list(balance.weights.values()))
+    weights = None if balance.weights is None else torch.tensor(list(balance.weights.values()), device=device)
     adjusted = settings.loss == "logit_adjusted"
     return TrainingLoss(
         weights=weights,
         gamma=settings.focal_gamma if settings.loss == "focal" else 0.0,
-        shift=settings.logit_adjustment * torch.tensor(balance.log_priors()) if adjusted else None,
+        shift=settings.logit_adjustment * torch.tensor(balance.log_priors(), device=device) if adjusted else None,
         smoothing=0.0 if several_labels else smoothing,
         several_labels=several_labels,
     )
