@@ -27,8 +27,8 @@ from torchthaw.training.imbalance import Balance, ImbalanceSettings, propose, se
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 CLASSES = ["ant", "bee", "cat"]
-COUNTS = [15, 6, 3]  # three steps of 8
-LABELS = [0] * 15 + [1] * 6 + [2] * 3
+COUNTS = [20, 2, 2]  # three steps of 8
+LABELS = [0] * 20 + [1] * 2 + [2] * 2
 PLAN = [Stage("head", "head", epochs=2, learning_rate=1e-2), Stage("more", "head", epochs=1, learning_rate=1e-3)]
 BY_NAME = {"bee": 2.0, "cat": 5.0}
 
@@ -101,7 +101,7 @@ def settled(*, labels=LABELS, several_labels=False, **settings):
 def test_weights_by_name():
     assert settled(class_weights=BY_NAME).weights == {"ant": 1.0, "bee": 2.0, "cat": 5.0}
     assert settled(class_weights="balanced").weights == pytest.approx(
-        dict(zip(CLASSES, [24 / 45, 24 / 18, 24 / 9], strict=True))
+        dict(zip(CLASSES, [24 / 60, 24 / 6, 24 / 6], strict=True))
     )
     assert settled(class_weights={"ant": 2}, labels=None).weights == {"ant": 2.0, "bee": 1.0, "cat": 1.0}
     numbers = settle(ImbalanceSettings(class_weights={7: 3}), labels=None, class_names=["6", "7"], several_labels=False)
@@ -130,22 +130,22 @@ def test_logit_adjustment_needs_an_image_of_every_class():
 
 def test_the_proposal_is_a_function_of_the_counts():
     adjusted = ImbalanceSettings(loss="logit_adjusted")
-    assert propose(np.array([49, 20, 10])) == ImbalanceSettings()
-    assert propose(np.array([50, 20, 10])) == adjusted
+    assert propose(np.array([99, 20, 10])) == ImbalanceSettings()
+    assert propose(np.array([100, 20, 10])) == adjusted
     assert propose(np.array([3000, 1])) == propose(np.array([1, 3000])) == adjusted
-    assert propose(np.array([5, 3, 0])) == ImbalanceSettings(class_weights="sqrt"), "no images have no logarithm"
+    assert propose(np.array([10, 3, 0])) == ImbalanceSettings(class_weights="sqrt"), "no images have no logarithm"
     balance = settled(imbalance="auto")
     assert (balance.settings, balance.requested, balance.weights) == (adjusted, "auto", None)
     assert balance.to_dict()["logit_adjustment"] == 1.0
-    absent = settled(labels=[0, 0, 0, 0, 0, 2], imbalance="auto")
-    assert list(absent.weights.values()) == pytest.approx(count_weights(np.array([5, 0, 1]), "sqrt").tolist())
+    absent = settled(labels=[0] * 10 + [2], imbalance="auto")
+    assert list(absent.weights.values()) == pytest.approx(count_weights(np.array([10, 0, 1]), "sqrt").tolist())
 
 
 def test_what_is_said():
     def said(metric="macro_f1", **settings):
         return settled(**settings).sentences(metric)
 
-    uneven = "Classes are uneven: 15 training images of ant, 3 of cat (ratio 5.0); "
+    uneven = "Classes are uneven: 20 training images of ant, 2 of bee (ratio 10.0); "
     chosen = "macro F1, to which every class counts the same, chooses the best weights."
     proposed = "loss: logit_adjusted"
     advice = f"To train against it, write {proposed} (imbalance: auto does; imbalance: off hides this)."
@@ -155,12 +155,12 @@ def test_what_is_said():
     assert said(imbalance="off", loss="focal") == ["Against imbalance: loss: focal."]
     assert said(imbalance="auto") == [f"{uneven}{chosen} Against imbalance: {proposed} (imbalance: auto)."]
     assert said(class_weights="sqrt") == [f"{uneven}{chosen} Against imbalance: class_weights: sqrt."]
-    # From a ratio of 2 on macro F1 chooses, from 5 on something is proposed.
+    # From a ratio of 2 on macro F1 chooses, from 10 on something is proposed.
     a_little = "Classes are uneven: 5 training images of ant, 2 of bee (ratio 2.5); "
     assert said(labels=[0] * 5 + [1] * 2 + [2] * 3) == [f"{a_little}{chosen}"]
     assert said("accuracy", labels=[0, 0, 0, 1, 1, 2, 2]) == []
     assert said("accuracy", labels=[0, 1, 2], imbalance="auto") == [
-        "Below a ratio of 5, imbalance: auto trains plainly."
+        "Below a ratio of 10, imbalance: auto trains plainly."
     ]
     assert said("accuracy", labels=[0, 1, 2], loss="focal", focal_gamma=1.5) == [
         "Against imbalance: loss: focal, focal_gamma: 1.5."
@@ -235,7 +235,7 @@ def equal(some, others):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"class_weights": "balanced"}, {"weight": torch.tensor([24 / 45, 24 / 18, 24 / 9])}),
+        ({"class_weights": "balanced"}, {"weight": torch.tensor([24 / 60, 24 / 6, 24 / 6])}),
         ({"class_weights": BY_NAME, "label_smoothing_factor": 0.2}, {"weight": torch.tensor([1.0, 2.0, 5.0])}),
         ({"class_weights": "sqrt"}, {"weight": torch.tensor(count_weights(np.array(COUNTS), "sqrt")).float()}),
         ({"imbalance": "auto"}, {"shift": (torch.tensor(COUNTS) / 24).log()}),
@@ -328,8 +328,8 @@ class Interrupt(transformers.TrainerCallback):
 
 @pytest.fixture
 def images(make_image_folder):
-    """Uneven classes, as images: 15, 6 and 3."""
-    every = load_image_dataset(make_image_folder(per_class=15))["train"]
+    """Uneven classes, as images: 20, 2 and 2."""
+    every = load_image_dataset(make_image_folder(per_class=20))["train"]
     labels = np.array(every["label"])
     return every.select(np.concatenate([np.flatnonzero(labels == k)[:n] for k, n in enumerate(COUNTS)]))
 
@@ -369,7 +369,7 @@ def test_each_draw_of_an_image_looks_different(make, images):
     batches = list(trainer.get_train_dataloader())
     pixels, labels = (torch.cat([batch[key] for batch in batches]) for key in ("pixel_values", "labels"))
     rare = pixels[labels == 2]
-    assert len(rare) > 3, "more draws than images"
+    assert len(rare) > COUNTS[2], "more draws than images"
     assert len({image.numpy().tobytes() for image in rare}) == len(rare)
 
 
@@ -403,7 +403,7 @@ def test_results_say_what_was_done(make, images):
     trainer.train()
     results = trainer.save_run(prove=False)
     assert results["imbalance"] == {
-        "ratio": 5.0, "requested": None, "class_weights": None, "weights": None, "sampling": "sqrt", "loss": "focal",
+        "ratio": 10.0, "requested": None, "class_weights": None, "weights": None, "sampling": "sqrt", "loss": "focal",
         "focal_gamma": 2.0, "logit_adjustment": None,
     }  # fmt: skip
     given = settled(class_weights=BY_NAME).to_dict()
@@ -485,13 +485,13 @@ def test_a_search_can_choose_the_loss(make, untrained):
 
 
 def test_a_dry_run_says_and_records_it(monkeypatch, capsys, tmp_path, make_image_folder):
-    photos = make_image_folder(per_class=15)
-    for kind, number in zip(CLASSES, COUNTS, strict=True):
+    photos = make_image_folder(per_class=30)
+    for kind, number in zip(CLASSES, [30, 2, 2], strict=True):
         for file in sorted((photos / kind).iterdir())[number:]:
             file.unlink()
     command = [
         "torchthaw", "train", "staged", "--data", str(photos), "--backbone", ARCHITECTURE, "--set", "weights=null",
-        "--set", "image_size=32", "--set", "batch_size=4", "--dry-run", "--json",
+        "--set", "image_size=32", "--set", "batch_size=4", "--set", "data.validation=3", "--dry-run", "--json",
     ]  # fmt: skip
 
     def run(*settings):
