@@ -131,7 +131,7 @@ def test_training_keeps_copies_together_and_says_so(run, photos, tmp_path):
         validated = {json.loads(line)["path"] for line in (output / "predictions/validation.jsonl").open()}
         assert len(validated & {"ant/000.jpg", "ant/again.jpg", "ant/smaller.jpg"}) in (0, 3)
         assert results["data"]["split_by"] == "image"
-        assert "copies of the same picture kept together (1 sets)" in results["data"]["method"]
+        assert "copies of the same picture kept together (1 set)" in results["data"]["method"]
         assert not [finding for finding in audit["findings"] if "across" in finding["name"]]
         assert "suspicious labels" in audit["checks"]
         assert "exact duplicates within a split" in (output / "README.md").read_text()

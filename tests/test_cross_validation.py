@@ -27,6 +27,7 @@ from torchthaw.cross_validation import final_recipe, make_folds, prepare_images
 from torchthaw.errors import TrainingError
 from torchthaw.evaluation.predictions import read_predictions
 from torchthaw.recipe import load_recipe
+from torchthaw.sharing.card import write_card
 from torchthaw.single_run import make_trainer
 
 CLASSES = ("ant", "bee", "cat")
@@ -269,7 +270,7 @@ def test_the_final_model_is_trained_on_all_folds_and_reads_the_test_images_once(
         assert scores == pytest.approx(row["scores"], abs=1e-5)
 
 
-def test_the_card_shows_the_folds(finished):
+def test_the_card_shows_the_folds(finished, tmp_path):
     card = (finished / "README.md").read_text()
     found = results_in(finished)["cross_validation"]
     accuracy = found["figures"]["accuracy"]
@@ -283,7 +284,17 @@ def test_the_card_shows_the_folds(finished):
     assert "The test images were used once, after everything was chosen." in card
     assert "by validation accuracy" not in card, "there was none"
     assert "confusion_out_of_fold.png" in card
+
+    # Without test images the figures of the folds are all that there is.
+    folder = tmp_path / "untested"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("folds", "stages"))
+    results = results_in(folder)
+    del results["test"]
+    (folder / "results.json").write_text(json.dumps(results))
+    card = write_card(folder).read_text()
     assert "how good it is, is not known" not in card
+    assert f"| accuracy | {accuracy['mean']:.4f} ± {accuracy['std']:.4f} |" in card
+    assert "They are what to expect of it" in card
 
 
 def comparable(folder):

@@ -55,7 +55,10 @@ def audit_data(
         with as_user_error():
             features, seconds = backbone_features(readable, reporter, backbone=backbone, weights=weights)
         examined.seconds["features"] = seconds
-    cut = split_dataset(readable, validation=recipe.validation, test=recipe.test, seed=seed, by=recipe.split_by)
+    together = examined.clusters if recipe.split_by == "auto" else []
+    cut = split_dataset(
+        readable, validation=recipe.validation, test=recipe.test, seed=seed, by=recipe.split_by, together=together
+    )
     where = {path: split for split, rows in cut.items() for path in rows.select_columns(["path"])[:]["path"]}
     splits = [where[image.path] for image in examined.scan.images]
     not_checked = {} if backbone else {"suspicious labels": "name a pretrained network with --backbone"}

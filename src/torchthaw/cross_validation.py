@@ -85,7 +85,7 @@ def make_folds(recipe: Recipe, data: PreparedData, metric: str) -> list[Prepared
     assert recipe.cv is not None
     images = DatasetDict({"train": data.splits["train"]})
     folds = []
-    made = fold_dataset(images, folds=recipe.cv, seed=recipe.seed, by=recipe.data.split_by)
+    made = fold_dataset(images, folds=recipe.cv, seed=recipe.seed, by=recipe.data.split_by, together=data.together)
     for number, splits in enumerate(made, start=1):
         with as_user_error():
             check_data(training_arguments(recipe, metric=metric, folder=Path("stages")), splits["train"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Value, concatenate_datasets
+from datasets import DatasetDict, concatenate_datasets
 
 from torchthaw.auditing import MOST_IMAGES_FOR_FEATURES, backbone_features, examine, refuse_failed, show
 from torchthaw.console import Reporter
@@ -35,6 +35,7 @@ class PreparedData:
         origins: For each split its `origin` (`given`, `cut off`, `the rest`), and the `share` that was asked for.
         split_by: What was kept apart: `image`, `group` or `time`.
         split_method: The same in words.
+        together: Paths of images that are copies of each other, where these are kept together.
         audit: What the audit found; None if it was off.
         revision: Commit of a data set on the Hub, as far as it is known.
     """
@@ -45,6 +46,7 @@ class PreparedData:
     origins: dict[str, dict[str, Any]]
     split_by: str
     split_method: str
+    together: Sequence[Sequence[str]] = ()
     audit: AuditReport | None = None
     revision: str | None = None
 
@@ -79,11 +81,12 @@ def prepare_data(
         reporter.say(f"Left out {len(bad)} unreadable images: {', '.join(image.path for image in bad[:5])} ...")
     splits = DatasetDict(leave_out(listed, looked.bad, on_bad=data.on_bad_image))
     given = set(splits)
+    # Said in so many words, by image means by image.
     together = looked.clusters if data.split_by == "auto" and split_unit(splits) == "image" else []
-    if together:
-        splits["train"] = _keep_together(splits["train"], together)
     validation = data.validation if needs_validation else 0
-    cut = split_dataset(splits, validation=validation, test=data.test, seed=recipe.seed, by=data.split_by)
+    cut = split_dataset(
+        splits, validation=validation, test=data.test, seed=recipe.seed, by=data.split_by, together=together
+    )
     if needs_validation and "validation" not in cut:
         raise DataError("there are no validation images; write data: {validation: 0.15} to cut some off for training")
     report = processes.on_main(lambda: looked.report(recipe, splits, cut, reporter, features))
@@ -91,13 +94,7 @@ def prepare_data(
         show(report, reporter)
         if recipe.audit == "strict":
             refuse_failed(report)
-    unit, method = describe_split(splits, by=data.split_by, seed=recipe.seed)
-    if together:
-        unit = "image"
-        method = (
-            f"stratified by class, copies of the same picture kept together ({len(together)} sets), chosen by the "
-            f"images' content and seed {recipe.seed}"
-        )
+    unit, method = describe_split(splits, by=data.split_by, seed=recipe.seed, together=together)
     return PreparedData(
         splits=cut,
         class_names=cut["train"].features["label"].names,
@@ -105,6 +102,7 @@ def prepare_data(
         origins=_origins(given, cut, {"validation": validation, "test": data.test}),
         split_by=unit,
         split_method=method,
+        together=together,
         audit=report,
         revision=revision,
     )
@@ -229,10 +227,3 @@ def _join_validation(splits: DatasetDict) -> DatasetDict:
     parts = [splits[split] for split in ("train", "validation") if split in splits]
     rest = {split: images for split, images in splits.items() if split not in ("train", "validation")}
     return DatasetDict(train=concatenate_datasets(parts), **rest)
-
-
-def _keep_together(images: Dataset, clusters: Sequence[Sequence[str]]) -> Dataset:
-    """Makes copies of a picture a group, and each other image one of its own."""
-    group_of = {path: f"copies of {paths[0]}" for paths in clusters for path in paths}
-    groups = [group_of.get(path, path) for path in images.select_columns(["path"])[:]["path"]]
-    return images.add_column("group", groups, feature=Value("string"))

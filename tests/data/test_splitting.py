@@ -194,3 +194,24 @@ def test_without_training_images_nothing_can_be_cut(make_image_folder):
     dataset = load_image_dataset(make_image_folder())
     with pytest.raises(DataError, match=r"no training split to cut from; the data set has \['test'\]"):
         split_dataset(DatasetDict(test=dataset["train"]))
+
+
+def test_copies_are_kept_together_where_images_are_split_one_by_one(make_image_folder):
+    dataset = load_image_dataset(make_image_folder(per_class=20))
+    paths = dataset["train"]["path"]
+    together = [paths[0:3], [paths[21], paths[45]], paths[50:52]]
+    for seed in range(5):
+        cut = split_dataset(dataset, validation=0.2, test=0.2, seed=seed, together=together)
+        where = {path: split for split, rows in cut.items() for path in rows["path"]}
+        assert sorted(where) == sorted(paths)
+        assert all(len({where[path] for path in copies}) == 1 for copies in together)
+        assert {split: len(rows) for split, rows in cut.items()} == {"train": 36, "validation": 12, "test": 12}
+        assert cut["train"].column_names == dataset["train"].column_names
+        folds = fold_dataset(dataset, folds=4, seed=seed, together=together)
+        assert sorted(path for fold in folds for path in fold["validation"]["path"]) == sorted(paths)
+        for fold in folds:
+            inside = set(fold["validation"]["path"])
+            assert all(len(inside & set(copies)) in (0, len(copies)) for copies in together)
+    grouped = dataset["train"].add_column("group", [path.split("/")[1] for path in paths])
+    by_group = split_dataset(DatasetDict(train=grouped), validation=0.2, together=together)
+    assert not set(by_group["train"]["group"]) & set(by_group["validation"]["group"])

@@ -1,7 +1,7 @@
 """What must stay together when images are split: nothing, groups, or images of the same time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -50,13 +50,19 @@ def split_unit(dataset: Mapping[str, Any], by: str = "auto") -> Unit:
     return "image"
 
 
-def describe_split(dataset: Mapping[str, Any], *, by: str = "auto", seed: int = 0) -> tuple[Unit, str]:
+def describe_split(
+    dataset: Mapping[str, Any], *, by: str = "auto", seed: int = 0, together: Sized = ()
+) -> tuple[Unit, str]:
     """Says how `split_dataset` cuts a data set: by what (`image`, `group` or `time`), and the method in words.
 
     Raises:
         DataError: As for `split_unit`.
     """
     unit = split_unit(dataset, by)
+    if unit == "image" and len(together):
+        sets = "1 set" if len(together) == 1 else f"{len(together)} sets"
+        kept = f"copies of the same picture kept together ({sets})"
+        return unit, f"stratified by class, {kept}, chosen by the images' content and seed {seed}"
     if unit == "image":
         return unit, f"stratified by class, chosen by the images' content and seed {seed}"
     if unit == "group":

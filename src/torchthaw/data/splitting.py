@@ -4,10 +4,11 @@ What is cut never depends on the names or the order of the files.
 """
 
 import itertools
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, Value, concatenate_datasets
 
 from torchthaw.data import split_checks
 from torchthaw.data.allocation import cut_by_class, cut_in_order, fold_by_class
@@ -28,6 +29,7 @@ def split_dataset(
     test: float | int = 0.0,
     seed: int = 0,
     by: SplitBy = "auto",
+    together: Sequence[Sequence[str]] = (),
 ) -> DatasetDict:
     """Cuts a validation and a test split off the training split where they are missing.
 
@@ -51,6 +53,8 @@ def split_dataset(
         seed: Another seed, another choice.
         by: `image`, `group`, `time`, or `auto`: by group where groups are known, else by time where times are, else by
             image.
+        together: Sets of images, by their paths, that are not to be taken apart where they are split by image: copies
+            of one picture, as the audit finds them (`AuditReport.copies`). Shares are then met as by group.
 
     Returns:
         The splits `train`, `validation`, `test` as far as given or asked for; rows keep their order.
@@ -73,7 +77,10 @@ def split_dataset(
         )
     if not missing:
         return DatasetDict({split: dataset[split] for split in SPLITS if split in dataset})
-    cut = {"image": _cut_by_image, "group": _cut_by_group, "time": _cut_by_time}[unit](train, missing, seed)
+    if unit == "image" and together:
+        cut = _cut_by_group(_grouped(train, together), missing, seed)
+    else:
+        cut = {"image": _cut_by_image, "group": _cut_by_group, "time": _cut_by_time}[unit](train, missing, seed)
     split_checks.refuse_empty(cut, missing, len(train))
     taken = {row for rows in cut.values() for row in rows}
     result = {"train": train.select([row for row in range(len(train)) if row not in taken])}
@@ -86,7 +93,14 @@ def split_dataset(
     return DatasetDict({split: splits[split] for split in SPLITS if split in splits})
 
 
-def fold_dataset(dataset: DatasetDict, *, folds: int = 5, seed: int = 0, by: SplitBy = "auto") -> list[DatasetDict]:
+def fold_dataset(
+    dataset: DatasetDict,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    by: SplitBy = "auto",
+    together: Sequence[Sequence[str]] = (),
+) -> list[DatasetDict]:
     """Makes folds for cross-validation.
 
     They are made of the training images, and of the validation images too where these are given; a given test split
@@ -105,6 +119,7 @@ def fold_dataset(dataset: DatasetDict, *, folds: int = 5, seed: int = 0, by: Spl
         folds: How many, at least 2.
         seed: Another seed, other folds; by time there is no choice.
         by: As for `split_dataset`.
+        together: As for `split_dataset`.
 
     Returns:
         For each fold the splits `train` and `validation`, and `test` if it is given; rows keep their order.
@@ -118,8 +133,11 @@ def fold_dataset(dataset: DatasetDict, *, folds: int = 5, seed: int = 0, by: Spl
         raise DataError(f"folds={folds!r} does not work; write a whole number of at least 2, such as 5.")
     parts = [dataset[split] for split in ("train", "validation") if split in dataset]
     images = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    make = {"image": _folds_by_image, "group": _folds_by_group, "time": _folds_by_time}[unit]
-    rows_of_folds = make(images, folds, seed)
+    if unit == "image" and together:
+        rows_of_folds = _folds_by_group(_grouped(images, together), folds, seed)
+    else:
+        make = {"image": _folds_by_image, "group": _folds_by_group, "time": _folds_by_time}[unit]
+        rows_of_folds = make(images, folds, seed)
     given = {"test": dataset["test"]} if "test" in dataset else {}
     made = [
         DatasetDict(train=images.select(sorted(train)), validation=images.select(sorted(validation)), **given)
@@ -194,6 +212,13 @@ def _rows_of_parts(
     labels = np.array(column(images, "label"))
     parts = assign_groups(numbered, labels, shares, first_needs_all=first_needs_all)[numbered]
     return [np.flatnonzero(parts == part).tolist() for part in range(len(shares))]
+
+
+def _grouped(images: Dataset, together: Sequence[Sequence[str]]) -> Dataset:
+    """Makes each set of images a group, and every other image one of its own."""
+    sets = {path: f"with {paths[0]}" for paths in together for path in paths}
+    groups = [sets.get(path, path) for path in column(images, "path")]
+    return images.add_column("group", groups, feature=Value("string"))
 
 
 def _image_keys(images: Dataset, seed: int) -> list[tuple[bytes, str]]:

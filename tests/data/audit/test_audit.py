@@ -91,7 +91,18 @@ def test_near_copies_across_splits_and_labels(photo_folder):
     picture.save(photo_folder / "validation" / "ant" / "again.jpg", quality=50)
     picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photo_folder / "validation" / "bee" / "flipped.png")
     picture.resize((80, 60)).save(photo_folder / "train" / "ant" / "small.png")
+    # What is not compared, before and after: a blank image, and a second file of the same picture.
+    Image.new("RGB", (160, 120)).save(photo_folder / "train" / "ant" / "00 blank.png")
+    (photo_folder / "train" / "ant" / "99.png").write_bytes((photo_folder / "train" / "ant" / "05.png").read_bytes())
     report = audit(photo_folder)
+    assert {frozenset(copies) for copies in report.copies} == {
+        frozenset(
+            {
+                "train/ant/05.png", "train/ant/99.png", "train/ant/small.png", "validation/ant/again.jpg",
+                "validation/bee/flipped.png",
+            }
+        )
+    }  # fmt: skip
     across = found(report, "near duplicates across splits")
     assert across.verdict == "fail"
     assert frozenset({"train/ant/05.png", "validation/ant/again.jpg"}) in paths_of(across)

@@ -144,7 +144,9 @@ def judge(
     order = ("train", "validation", "test")
     counts = Counter(splits)
     sizes = {split: counts[split] for split in (*order, *sorted(set(counts) - set(order))) if counts[split]}
-    return AuditReport(worst_first(findings), sizes, tuple(checks), missing, seconds)
+    return AuditReport(
+        worst_first(findings), sizes, tuple(checks), missing, seconds, tuple(map(tuple, examined.clusters))
+    )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def unreadable(bad: Mapping[str, Sequence[BadImage]], *, dropped: bool) -> Itera
             "unreadable images",
             "warn" if dropped else "fail",
             len(images),
-            f"{len(images)} images cannot be decoded" + (" and are left out" if dropped else ""),
+            f"{_images(len(images))} that cannot be decoded" + (", left out" if dropped else ""),
             "Mend or remove them." + ("" if dropped else " Or leave them out: data: {on_bad_image: drop}"),
             tuple(images),
         )
@@ -45,7 +45,7 @@ def unusual_images(images: Sequence[ImageFacts]) -> Iterator[Finding]:
             "nearly uniform images",
             "warn",
             len(uniform),
-            f"{len(uniform)} images show hardly anything (grey levels vary by less than {LEAST_CONTRAST:g} of 255)",
+            f"{_images(len(uniform))} showing hardly anything (grey levels vary less than {LEAST_CONTRAST:g} of 255)",
             "Look at them; placeholders and blank pages teach a model nothing.",
             tuple(uniform),
         )
@@ -61,7 +61,7 @@ def unusual_images(images: Sequence[ImageFacts]) -> Iterator[Finding]:
             "extreme sizes",
             "warn",
             len(sizes),
-            f"{len(sizes)} images have over {_TIMES_THE_MEDIAN} times the pixels of the median image, or under a "
+            f"{_images(len(sizes))} with over {_TIMES_THE_MEDIAN} times the pixels of the median image, or under a "
             f"{_TIMES_THE_MEDIAN}th, or a side below {_SMALLEST_SIDE}",
             "Look at them: thumbnails, icons and scans of whole pages often got in by accident.",
             tuple(sizes),
@@ -76,8 +76,7 @@ def unusual_images(images: Sequence[ImageFacts]) -> Iterator[Finding]:
             "extreme shapes",
             "warn",
             len(shapes),
-            f"{len(shapes)} images are over {_LARGEST_RATIO:g} times as long as wide; the centre crop shows little of "
-            "them",
+            f"{_images(len(shapes))} over {_LARGEST_RATIO:g} times as long as wide; a centre crop shows little of them",
             "Cut them to what matters.",
             tuple(shapes),
         )
@@ -123,7 +122,8 @@ def class_counts(images: Sequence[ImageFacts], splits: Sequence[str], class_name
             len(train),
             f"the largest class of training, {most} ({train[most]}), has {ratio:.1f} times the images of the smallest, "
             f"{least} ({train[least]})",
-            "Macro F1 chooses the best weights (metric: auto). To train for it, write imbalance: auto",
+            "Macro F1 chooses the best weights (metric: auto)."
+            + (" To train for it, write imbalance: auto" if ratio >= _STRONG_IMBALANCE else ""),
             tuple({"class": name, "images": count} for name, count in train.items()),
         )
 
@@ -162,14 +162,18 @@ def suspicious_labels(suspects: Sequence[SuspiciousLabel], images: Sequence[Imag
             "suspicious labels",
             "pass",
             len(suspects),
-            f"{len(suspects)} images resemble those of other classes only; first: {images[first.row].path} is labelled "
-            f"{first.label} and looks like {first.suggested}",
+            f"{_images(len(suspects))} that resemble those of other classes only; first: {images[first.row].path} is "
+            f"labelled {first.label} and looks like {first.suggested}",
             "Look at them, the first ones first; many are only hard.",
             tuple(
                 _about(images[suspect.row], suggested=suspect.suggested, agreement=round(suspect.agreement, 3))
                 for suspect in suspects
             ),
         )
+
+
+def _images(number: int) -> str:
+    return "1 image" if number == 1 else f"{number} images"
 
 
 def _about(image: ImageFacts, **more: Any) -> dict[str, Any]:

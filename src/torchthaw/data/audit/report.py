@@ -40,6 +40,8 @@ class AuditReport:
         checks: What was looked at.
         not_checked: What was not, and why.
         seconds: How long each step took.
+        copies: Paths of images that are copies of each other, exactly or nearly; `split_dataset(together=...)` keeps
+            them in one split.
     """
 
     findings: tuple[Finding, ...]
@@ -47,6 +49,7 @@ class AuditReport:
     checks: tuple[str, ...]
     not_checked: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    copies: tuple[tuple[str, ...], ...] = ()
 
     @property
     def verdict(self) -> Verdict:
