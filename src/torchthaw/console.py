@@ -40,9 +40,14 @@ class Reporter:
     def progress(self, description: str, total: int) -> Iterator["Bar"]:
         """Shows a progress bar while the block runs; it vanishes at the end, and off a terminal it never shows."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = self.quiet or not self.console.is_terminal
-        with Progress(*columns, console=self.console, disable=hidden, transient=True) as progress:
-            yield Bar(progress, progress.add_task(escape(description), total=total))
+        progress = Progress(*columns, console=self.console, transient=True)
+        bar = Bar(progress, progress.add_task(escape(description), total=total))
+        if self.quiet or not self.console.is_terminal:
+            # Some versions of rich end even a disabled bar with a line break.
+            yield bar
+            return
+        with progress:
+            yield bar
 
 
 class Bar:

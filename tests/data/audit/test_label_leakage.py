@@ -9,7 +9,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from torchthaw import load_image_dataset
 from torchthaw.data.audit.label_leakage import find_label_leaks
-from torchthaw.data.audit.scan import scan_images
+from torchthaw.data.audit.scan import ImageFacts, scan_images
 
 PER_CLASS = 30
 
@@ -24,6 +24,13 @@ def make_photos(tmp_path, draw_photo):
         return find_label_leaks(scan_images(load_image_dataset(tmp_path)).images)
 
     return make
+
+
+def facts(path, label):
+    return ImageFacts(
+        path, "train", label, None, None, b"", b"", 1000, "PNG", "RGB", 64, 48, contrast=40, quality=None,
+        resolution=None, exif={},
+    )  # fmt: skip
 
 
 def named(leaks):
@@ -112,6 +119,16 @@ def test_balanced_accuracy_is_scikit_learns(make_photos):
     truth = np.repeat([0, 1], PER_CLASS)
     guess = np.array([int(index or number % 5 > 0) for index in (0, 1) for number in range(PER_CLASS)])
     assert leaks.get("format") is None or leaks["format"].balanced_accuracy == balanced_accuracy_score(truth, guess)
+
+
+def test_chance_is_not_taken_for_a_leak():
+    random = np.random.default_rng(0)
+    alarms = 0
+    for _ in range(40):
+        numbers = random.permutation(1000)[:24]
+        images = [facts(f"{number}.png", "ab"[row % 2]) for row, number in enumerate(numbers.tolist())]
+        alarms += len(find_label_leaks(images))
+    assert alarms <= 2
 
 
 def test_rare_classes_and_single_classes_are_left_out(tmp_path, draw_photo):
