@@ -380,6 +380,9 @@ def test_limits_follow_from_the_figures(run):
     assert "accuracy is not known well" not in text
     assert "Splits were made by patient." in text
     assert "Nothing kept images" not in text
+    given = {split: described | {"origin": "given"} for split, described in data["splits"].items()}
+    text = page(change(run, data=data | {"splits": given})).text
+    assert "The splits came with the data; whether a patient is in two of them" in text
 
 
 def test_a_stage_that_was_not_kept_is_explained(run):
@@ -388,13 +391,28 @@ def test_a_stage_that_was_not_kept_is_explained(run):
     assert "Stage head" not in text
 
 
+@pytest.mark.parametrize(
+    ("imbalance", "said"),
+    [
+        ({"loss": "logit_adjusted", "logit_adjustment": 0.5}, "by a logit adjusted loss (tau 0.5)."),
+        ({"class_weights": "balanced", "loss": "focal"}, "by class weights (balanced)."),
+        ({"class_weights": "given", "sampling": "sqrt"}, "class weights of the author's choice and drawing images by"),
+        ({"loss": "cross_entropy", "class_weights": None, "logit_adjustment": None}, None),
+    ],
+)
+def test_what_was_done_against_imbalance_is_said(run, imbalance, said):
+    text = page(change(run, imbalance=imbalance)).text
+    assert ("made up for it" in text) == (said is not None)
+    assert (said or "") in text
+
+
 def test_findings_are_shown(run):
     findings = [{"name": "duplicates", "verdict": "fail", "count": 25, "summary": "in both splits", "advice": "split"}]
     (run / "audit.json").write_text(json.dumps({"verdict": "fail", "findings": findings}))
     diagnosis = [{"signal": "overfitting", "evidence": "loss 0.1 against 0.9", "advice": "augmentation: medium"}]
     calibration = {"method": "temperature", "temperature": 1.25, "ece": {"test": {"before": 0.125, "after": 0.0625}}}
     text = page(change(run, diagnosis=diagnosis, calibration=calibration, emissions_kg=0.0012345678)).text
-    assert "duplicates, fail, 25: in both splits Advice: split" in text
+    assert "duplicates, fail, 25: in both splits. Advice: split" in text
     assert "overfitting: loss 0.1 against 0.9 Advice: augmentation: medium" in text
     assert "calibrated by temperature with 1.2500" in text
     assert "on the test images was 0.1250 before and is 0.0625 after" in text

@@ -165,6 +165,15 @@ class CrossValidation(_Part):
     pooled: SplitFigures | None = None
 
 
+class Imbalance(_Part):
+    """What training did about uneven classes."""
+
+    class_weights: str | None = None
+    sampling: str | None = None
+    loss: str | None = None
+    logit_adjustment: float | None = None
+
+
 class Finding(_Part):
     """One finding of the data audit: `verdict` is "pass", "warn" or "fail"."""
 
@@ -215,6 +224,7 @@ class Results(_Part):
     calibration: Calibration | None = None
     cross_validation: CrossValidation | None = None
     audit: Audit | None = None
+    imbalance: Imbalance | None = None
 
     @property
     def measured(self) -> dict[str, SplitFigures]:

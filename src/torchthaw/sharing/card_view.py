@@ -8,7 +8,7 @@ import yaml
 from torchthaw.sharing.card_data import CardData
 from torchthaw.sharing.card_metadata import card_title, data_name, start_of_training
 from torchthaw.sharing.card_numbers import NONE, count, figure, interval, p_value, short
-from torchthaw.sharing.card_schema import ClassFigures, CrossValidation, Results, SplitFigures, StageResult
+from torchthaw.sharing.card_schema import ClassFigures, CrossValidation, Imbalance, Results, SplitFigures, StageResult
 from torchthaw.sharing.markdown import one_line, shell_command
 from torchthaw.sharing.markdown import without_absolute_paths as portable
 
@@ -83,6 +83,7 @@ def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str,
         "stage_metric": METRIC_NAMES.get(results.metric or "", results.metric or "metric"),
         "policies": {stage.batch_norm for stage in results.stages},
         "frozen": _frozen(results),
+        "balancing": _balancing(results.imbalance) if results.imbalance else None,
         "classes": _classes(measured[reporting].per_class) if reporting else None,
         "plots": {name: PLOT_NAMES.get(name, _plain_name(name)) for name in _in_order(data.plots)},
         "weights_checked": data.weights_checked,
@@ -200,6 +201,19 @@ def _rates(stage: StageResult) -> str:
     if len(rates) > 8:
         return f"{rates[0]} ... {rates[-1]} ({len(rates)} groups)"
     return ", ".join(rates) or NONE
+
+
+def _balancing(imbalance: Imbalance) -> str | None:
+    """Says in words what was done against uneven classes; None if nothing was."""
+    done = []
+    if imbalance.class_weights is not None:
+        kind = "of the author's choice" if imbalance.class_weights == "given" else f"({imbalance.class_weights})"
+        done.append(f"class weights {kind}")
+    if imbalance.sampling is not None:
+        done.append(f"drawing images by class ({imbalance.sampling})")
+    if imbalance.loss == "logit_adjusted":
+        done.append(f"a logit adjusted loss (tau {imbalance.logit_adjustment or 1:g})")
+    return " and ".join(done) or None
 
 
 def _frozen(results: Results) -> dict[str, list[str]] | None:

@@ -1,5 +1,6 @@
 """Labels that files give away are found and named; honest data is left in peace."""
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -119,6 +120,23 @@ def test_balanced_accuracy_is_scikit_learns(make_photos):
     truth = np.repeat([0, 1], PER_CLASS)
     guess = np.array([int(index or number % 5 > 0) for index in (0, 1) for number in range(PER_CLASS)])
     assert leaks.get("format") is None or leaks["format"].balanced_accuracy == balanced_accuracy_score(truth, guess)
+
+
+def test_one_class_of_many_is_exposed():
+    random = np.random.default_rng(1)
+    images = []
+    for row in range(300):
+        image = facts(f"{random.integers(1000)}.png", f"c{row % 10}")
+        images.append(dataclasses.replace(image, format="JPEG" if row % 10 == 3 else "PNG"))
+    (leak,) = find_label_leaks(images)
+    assert leak.name == "format"
+    assert leak.share < 0.2
+    assert (leak.exposed, leak.exposure, leak.strong) == ("c3", 1.0, True)
+    # Two classes that share the format are not told from each other, but the others are from them.
+    images = [dataclasses.replace(image, format="JPEG" if image.label in ("c3", "c4") else "PNG") for image in images]
+    (leak,) = find_label_leaks(images)
+    assert leak.exposed in ("c3", "c4")
+    assert 0.8 < leak.exposure < 0.95
 
 
 def test_chance_is_not_taken_for_a_leak():

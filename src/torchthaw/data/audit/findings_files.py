@@ -193,5 +193,7 @@ def _figures(leak: LabelLeak) -> dict[str, Any]:
         "balanced_accuracy": round(leak.balanced_accuracy, 4),
         "chance": round(leak.chance, 4),
         "standard_error": round(leak.standard_error, 4),
+        "exposed": leak.exposed,
+        "exposure": round(leak.exposure, 4),
         "gives_away": list(leak.gives_away),
     }

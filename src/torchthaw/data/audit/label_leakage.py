@@ -26,6 +26,9 @@ _SURE = 3.0
 # Share of the way from chance to perfection. Length and size of a file also depend on what is in the picture.
 _NOTEWORTHY, _NOTEWORTHY_BY_CONTENT = 0.2, 0.5
 _STRONG = 0.7
+# The same for one class against the rest, which hardly shows in the balanced accuracy of many classes.
+_EXPOSED, _EXPOSED_BY_CONTENT = 0.5, 0.8
+_STRONGLY_EXPOSED = 0.9
 _WORD = re.compile(r"[^\W\d_]+")
 _NUMBER = re.compile(r"\d+")
 _KINDS_BY_CONTENT = frozenset({"file length", "bytes per pixel"})
@@ -42,6 +45,10 @@ class LabelLeak:
         chance: What guessing gives.
         standard_error: Of the balanced accuracy.
         gives_away: Its values that say most, such as "PNG: 98 % cat (of 120)".
+        exposed: The class that is told best from the rest.
+        exposure: How often the tree names this class where it is right, less how often where it is wrong: 1 if it is
+            always known, 0 by chance.
+        exposure_error: Standard error of that.
     """
 
     name: str
@@ -49,6 +56,9 @@ class LabelLeak:
     chance: float
     standard_error: float
     gives_away: tuple[str, ...]
+    exposed: str
+    exposure: float
+    exposure_error: float
 
     @property
     def share(self) -> float:
@@ -58,7 +68,17 @@ class LabelLeak:
     @property
     def strong(self) -> bool:
         """Whether a model could do most of its work without the picture."""
-        return self.share >= _STRONG
+        return self.share >= _STRONG or self.exposure >= _STRONGLY_EXPOSED
+
+    @property
+    def noteworthy(self) -> bool:
+        """Whether it is beyond chance, and more than pictures differ of themselves."""
+        by_content = self.name in _KINDS_BY_CONTENT
+        overall = self.share >= (_NOTEWORTHY_BY_CONTENT if by_content else _NOTEWORTHY)
+        exposed = self.exposure >= (_EXPOSED_BY_CONTENT if by_content else _EXPOSED)
+        return (overall and self.balanced_accuracy - self.chance >= _SURE * self.standard_error) or (
+            exposed and self.exposure >= _SURE * self.exposure_error
+        )
 
 
 def find_label_leaks(images: Sequence[ImageFacts], *, seed: int = 0) -> list[LabelLeak]:
@@ -66,8 +86,9 @@ def find_label_leaks(images: Sequence[ImageFacts], *, seed: int = 0) -> list[Lab
 
     Each property alone is given to a decision tree (scikit-learn, at most 32 leaves, classes balanced), and judged by
     its balanced accuracy in five-fold cross-validation. It is reported when that exceeds chance by three standard
-    errors and goes at least 20 % of the way from chance to perfection; 50 % for what also depends on the content of
-    pictures, the length of the file and its bytes per pixel. Classes with fewer than 8 images are left out.
+    errors and goes at least 20 % of the way from chance to perfection, or when one class is told from the rest for
+    50 % of the way; 50 % and 80 % for what also depends on the content of pictures, the length of the file and its
+    bytes per pixel. Classes with fewer than 8 images are left out.
 
     Args:
         images: All images.
@@ -83,13 +104,10 @@ def find_label_leaks(images: Sequence[ImageFacts], *, seed: int = 0) -> list[Lab
     if len({image.label for image in usable}) < 2:
         return []
     labels = np.array([image.label for image in usable])
-    leaks = []
-    for name, values in _properties(usable).items():
-        leak = _judge(name, values, labels, seed)
-        least = _NOTEWORTHY_BY_CONTENT if name in _KINDS_BY_CONTENT else _NOTEWORTHY
-        if leak and leak.share >= least and leak.balanced_accuracy - leak.chance >= _SURE * leak.standard_error:
-            leaks.append(leak)
-    return sorted(leaks, key=lambda leak: (-leak.balanced_accuracy, leak.name))
+    judged = [_judge(name, values, labels, seed) for name, values in _properties(usable).items()]
+    leaks = [leak for leak in judged if leak is not None and leak.noteworthy]
+    # Of equals, those stay first that are named first: a format says more than what comes with it.
+    return sorted(leaks, key=lambda leak: -leak.balanced_accuracy)
 
 
 _Values = list[str] | npt.NDArray[np.float64]
@@ -156,22 +174,28 @@ def _judge(name: str, values: _Values, labels: npt.NDArray, seed: int) -> LabelL
     tree = DecisionTreeClassifier(max_leaf_nodes=32, min_samples_leaf=3, class_weight="balanced", random_state=seed)
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
     predicted = cross_val_predict(tree, column, labels, cv=folds)
-    recalls, variances = [], []
-    for label in np.unique(labels):
-        of_class = labels == label
-        recall = float((predicted[of_class] == label).mean())
-        recalls.append(recall)
-        # With Laplace's correction, so that a recall of 1 is not certain.
-        size = int(of_class.sum())
-        smoothed = (recall * size + 1) / (size + 2)
-        variances.append(smoothed * (1 - smoothed) / size)
+    classes = np.unique(labels).tolist()
+    named = {label: _share(predicted[labels == label] == label) for label in classes}
+    mistaken = {label: _share(predicted[labels != label] == label) for label in classes}
+    exposed = max(classes, key=lambda label: named[label][0] - mistaken[label][0])
     return LabelLeak(
         name,
-        float(np.mean(recalls)),
-        1 / len(recalls),
-        math.sqrt(sum(variances)) / len(recalls),
-        _telling(values, labels),
+        balanced_accuracy=float(np.mean([recall for recall, _ in named.values()])),
+        chance=1 / len(classes),
+        standard_error=math.sqrt(sum(variance for _, variance in named.values())) / len(classes),
+        gives_away=_telling(values, labels),
+        exposed=exposed,
+        exposure=named[exposed][0] - mistaken[exposed][0],
+        exposure_error=math.sqrt(named[exposed][1] + mistaken[exposed][1]),
     )
+
+
+def _share(hits: npt.NDArray) -> tuple[float, float]:
+    """Returns the share of hits and the variance of its estimate."""
+    size = len(hits)
+    # With Laplace's correction, so that a share of 1 is not certain.
+    smoothed = (float(hits.sum()) + 1) / (size + 2)
+    return float(hits.mean()), smoothed * (1 - smoothed) / size
 
 
 def _columns(name: str, values: list[str]) -> npt.NDArray[np.float64] | None:
