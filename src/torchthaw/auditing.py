@@ -11,7 +11,7 @@ from torch import nn
 
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionModel
-from torchthaw.console import Reporter
+from torchthaw.console import Reporter, printable
 from torchthaw.data.audit.audit import Examined, examine_dataset
 from torchthaw.data.audit.report import AuditReport
 from torchthaw.data.views import ImageView
@@ -83,18 +83,18 @@ def show(report: AuditReport, reporter: Reporter, *, full: bool = False) -> None
     )
     for finding in findings:
         color = _COLORS[finding.verdict]
-        line = f"  [{color}]{finding.verdict}[/] {escape(finding.name)}: {escape(_printable(finding.summary))}."
+        line = f"  [{color}]{finding.verdict}[/] {escape(finding.name)}: {escape(printable(finding.summary))}."
         reporter.console.print(line, soft_wrap=True)
         if full:
             for item in finding.items[:_PATHS_SHOWN]:
-                reporter.say(f"         {_printable(_short(item))}")
+                reporter.say(f"         {printable(_short(item))}")
             if len(finding.items) > _PATHS_SHOWN:
                 reporter.say(f"         ... and {len(finding.items) - _PATHS_SHOWN} more")
         if finding.advice:
-            reporter.say(f"       {_printable(finding.advice)}")
+            reporter.say(f"       {printable(finding.advice)}")
     if full:
         for what, why in report.not_checked.items():
-            reporter.say(f"  not looked at: {what} ({_printable(why)})")
+            reporter.say(f"  not looked at: {what} ({printable(why)})")
 
 
 def refuse_failed(report: AuditReport) -> None:
@@ -118,8 +118,3 @@ def _short(item: Mapping[str, object]) -> str:
     if isinstance(images, list):
         return " = ".join(f"{image['split']}: {image['path']} ({image['label']})" for image in images[:3])
     return ", ".join(f"{key} {value}" for key, value in item.items())
-
-
-def _printable(text: str) -> str:
-    """Keeps control characters of file and class names from reaching the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -218,7 +218,7 @@ def predict(
     quiet: QuietOption = False,
 ) -> None:
     """Label images."""
-    from torchthaw.console import Reporter
+    from torchthaw.console import Reporter, printable
     from torchthaw.use import predict_paths
 
     reporter = Reporter(quiet=quiet)
@@ -227,7 +227,7 @@ def predict(
         _print_json(predictions)
         return
     for line in predictions:
-        print(f"{line['score']:.4f}  {_printable(line['predicted'])}  {_printable(line['path'])}")
+        print(f"{line['score']:.4f}  {printable(line['predicted'])}  {printable(line['path'])}")
 
 
 @app.command(epilog="Example: `torchthaw backbones resnet50`")
@@ -252,11 +252,6 @@ app.add_typer(sharing_commands)
 
 def _width(rows: list[dict[str, Any]], key: str) -> int:
     return max(len(key), *(len(str(row[key])) for row in rows))
-
-
-def _printable(text: str) -> str:
-    """Keeps control characters of file and class names from reaching the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _share(value: float) -> float | int:

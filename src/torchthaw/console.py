@@ -67,3 +67,8 @@ def hide_loading_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def printable(text: str) -> str:
+    """Keeps control characters of file and class names from reaching the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
