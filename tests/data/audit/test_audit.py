@@ -148,6 +148,12 @@ def test_files_that_cannot_be_decoded_are_all_listed(photo_folder):
         audit(photo_folder)
 
 
+def test_streams_are_refused(photo_folder):
+    streams = {split: rows.to_iterable_dataset() for split, rows in load_image_dataset(photo_folder).items()}
+    with pytest.raises(DataError, match="train, validation is a stream.*without streaming"):
+        audit_dataset(streams)
+
+
 def test_odd_images_are_named(photo_folder, draw_photo):
     train = photo_folder / "train" / "ant"
     Image.new("RGB", (160, 120), (200, 190, 180)).save(train / "blank.png")

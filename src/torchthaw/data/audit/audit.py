@@ -67,7 +67,7 @@ def audit_dataset(
         The findings; `verdict` is the worst of them.
 
     Raises:
-        DataError: There are no images that can be decoded.
+        DataError: There are no images that can be decoded, or a split is a stream.
     """
     examined = examine_dataset(dataset, progress=progress)
     splits = [image.split for image in examined.scan.images]
@@ -78,8 +78,14 @@ def examine_dataset(dataset: Mapping[str, Dataset], *, progress: Progress | None
     """Looks at every image once, and finds copies among all of them.
 
     Raises:
-        DataError: There are no images that can be decoded.
+        DataError: There are no images that can be decoded, or a split is a stream.
     """
+    streams = [split for split, rows in dataset.items() if not isinstance(rows, Dataset)]
+    if streams:
+        raise DataError(
+            f"The audit compares all images with each other, and {', '.join(streams)} is a stream, which gives one after "
+            "the other. Load the data set without streaming."
+        )
     seconds: dict[str, float] = {}
     with _timed(seconds, "reading and decoding"):
         scan = scan_images(dataset, progress=_named(progress, "Looking at the images"))
