@@ -83,8 +83,8 @@ def examine_dataset(dataset: Mapping[str, Dataset], *, progress: Progress | None
     streams = [split for split, rows in dataset.items() if not isinstance(rows, Dataset)]
     if streams:
         raise DataError(
-            f"The audit compares all images with each other, which streams do not allow ({', '.join(streams)}). Load the "
-            "data set without streaming."
+            f"The audit compares all images with each other, which streams do not allow ({', '.join(streams)}). Load "
+            "the data set without streaming."
         )
     seconds: dict[str, float] = {}
     with _timed(seconds, "reading and decoding"):
