@@ -91,6 +91,22 @@ def test_a_cut_is_audited_as_training_would_make_it(run, photos):
     assert document["verdict"] == "fail"
 
 
+def test_a_class_of_which_no_image_can_be_read_is_a_finding(run, photos, tmp_path):
+    for file in (photos / "bee").iterdir():
+        file.write_bytes(b"broken")
+    code, out, _ = run("audit", photos, "--json", "-q")
+    findings = {finding["name"]: finding for finding in json.loads(out)["findings"]}
+    assert code == 0
+    assert findings["unreadable images"]["count"] == 12
+    assert findings["classes without images"]["verdict"] == "fail"
+    for audit in ("warn", "off"):
+        output = tmp_path / audit
+        code, _, err = run("train", "staged", "--data", photos, "--output", output, "--set", f"audit={audit}", *TRAIN)
+        assert code == 2
+        assert "12 of 26 images cannot be used" in err
+        assert "bee/000.jpg" in err
+
+
 def test_suspicious_labels_take_a_backbone(run, photos):
     code, out, _ = run("audit", photos, "--backbone", "shufflenet_v2_x0_5", "--weights", "builtin", "--json", "-q")
     document = json.loads(out)

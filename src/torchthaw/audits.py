@@ -9,7 +9,7 @@ from torchthaw.auditing import backbone_features, examine, show
 from torchthaw.console import Reporter, hide_loading_bars
 from torchthaw.data.audit.audit import judge
 from torchthaw.data.audit.cleaning import cleaned_splits
-from torchthaw.data.images import leave_out
+from torchthaw.data.images import without
 from torchthaw.data.split_list import DROP, apply_split_list, write_split_list
 from torchthaw.data.splitting import split_dataset
 from torchthaw.data_preparation import load_data
@@ -49,7 +49,7 @@ def audit_data(
     loaded = load_data(recipe)
     listed = loaded if recipe.splits is None else apply_split_list(loaded, recipe.splits)
     examined = examine(listed, reporter)
-    readable = DatasetDict(leave_out(listed, examined.scan.bad, on_bad="drop"))
+    readable = DatasetDict(without(listed, examined.scan.bad))
     features = None
     if backbone is not None:
         with as_user_error():

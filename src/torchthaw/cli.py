@@ -255,8 +255,8 @@ def _width(rows: list[dict[str, Any]], key: str) -> int:
 
 
 def _share(value: float) -> float | int:
-    """Reads a number above 1 as a number of images."""
-    return int(value) if value >= 1 else value
+    """Reads a whole number as a number of images."""
+    return int(value) if value >= 1 and value.is_integer() else value
 
 
 def _print_json(document: Any) -> None:

@@ -13,7 +13,7 @@ from torchthaw.data.audit.audit import Examined, judge
 from torchthaw.data.audit.report import AuditReport
 from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
 from torchthaw.data.hub_datasets import loaded_revision
-from torchthaw.data.images import BadImage, check_images, leave_out
+from torchthaw.data.images import BadImage, find_bad_images, leave_out
 from torchthaw.data.loading import load_image_dataset
 from torchthaw.data.split_list import apply_split_list
 from torchthaw.data.splitting import describe_split, split_dataset, split_unit
@@ -76,10 +76,10 @@ def prepare_data(
     if not needs_validation:
         listed = _join_validation(listed)
     looked = _look(listed, reporter) if recipe.audit != "off" else _check(listed, reporter)
+    splits = DatasetDict(leave_out(listed, looked.bad, on_bad=data.on_bad_image))
     bad = [image for found in looked.bad.values() for image in found]
     if bad:
         reporter.say(f"Left out {len(bad)} unreadable images: {', '.join(image.path for image in bad[:5])} ...")
-    splits = DatasetDict(leave_out(listed, looked.bad, on_bad=data.on_bad_image))
     given = set(splits)
     # Said in so many words, by image means by image.
     together = looked.clusters if data.split_by == "auto" and split_unit(splits) == "image" else []
@@ -125,10 +125,7 @@ class _Looked:
 
 def _check(splits: DatasetDict, reporter: Reporter) -> _Looked:
     """Decodes every image, and nothing more."""
-    checked = {
-        name: check_images(images, on_bad="drop", progress=not reporter.quiet) for name, images in splits.items()
-    }
-    return _Looked({name: bad for name, (_, bad) in checked.items()})
+    return _Looked({name: find_bad_images(images, progress=not reporter.quiet) for name, images in splits.items()})
 
 
 def _look(splits: DatasetDict, reporter: Reporter) -> _Looked:

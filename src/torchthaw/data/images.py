@@ -142,20 +142,25 @@ def check_images(
     """
     if on_bad not in ("fail", "drop"):
         raise DataError(f"on_bad={on_bad!r} is unknown; write 'fail' or 'drop'.")
-    reasons: dict[int, BadImage] = {}
+    bad = find_bad_images(dataset, num_threads=num_threads, progress=progress)
+    return leave_out({"": dataset}, {"": bad}, on_bad=on_bad)[""], bad
+
+
+def find_bad_images(dataset: Dataset, *, num_threads: int | None = None, progress: bool = True) -> list[BadImage]:
+    """Decodes every image once, and returns those that cannot be decoded, in row order; arguments as above."""
+    bad: list[BadImage] = []
     starts = range(0, len(dataset), _CHUNK)
     console = Console(stderr=True)
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
         checked = pool.map(lambda start: list(_check_rows(dataset, start)), starts)
         try:
             for found in track(checked, "Checking images", len(starts), console=console, disable=not progress):
-                reasons.update(found)
+                bad.extend(found)
         except BaseException:
             # Without this, an interrupt would wait until every image is decoded.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    bad = list(reasons.values())
-    return leave_out({"": dataset}, {"": bad}, on_bad=on_bad)[""], bad
+    return bad
 
 
 def leave_out(
@@ -174,13 +179,20 @@ def leave_out(
     every = [image for found in bad.values() for image in found]
     if every and on_bad == "fail":
         raise DataError(_report(every, sum(len(dataset) for dataset in splits.values())))
+    result = without(splits, bad)
+    for split in splits:
+        _refuse_emptied_classes(splits[split], result[split])
+    return result
+
+
+def without(splits: Mapping[str, Dataset], bad: Mapping[str, list[BadImage]]) -> dict[str, Dataset]:
+    """Returns the splits without some images, even where a class then has none; a split that has none is the same."""
     result = dict(splits)
     for split, found in bad.items():
         if found:
             names = {image.path for image in found}
             paths = splits[split].select_columns(["path"])[:]["path"]
             result[split] = splits[split].select([row for row, path in enumerate(paths) if path not in names])
-            _refuse_emptied_classes(splits[split], result[split])
     return result
 
 
@@ -272,13 +284,13 @@ def _name_of(value: object) -> str:
     return str(getattr(value, "filename", None) or f"<{type(value).__name__}>")
 
 
-def _check_rows(dataset: Dataset, start: int) -> Iterator[tuple[int, BadImage]]:
+def _check_rows(dataset: Dataset, start: int) -> Iterator[BadImage]:
     rows = dataset[start : start + _CHUNK]
-    for offset, (value, path) in enumerate(zip(rows["image"], rows["path"], strict=True)):
+    for value, path in zip(rows["image"], rows["path"], strict=True):
         try:
             _decode(value)
         except UnusableImageError as error:
-            yield start + offset, BadImage(path, str(error))
+            yield BadImage(path, str(error))
 
 
 def _report(bad: list[BadImage], total: int) -> str:
@@ -291,6 +303,8 @@ def _report(bad: list[BadImage], total: int) -> str:
 
 
 def _refuse_emptied_classes(before: Dataset, after: Dataset) -> None:
+    if after is before:
+        return
     names = before.features["label"].names
     emptied = sorted(set(before.select_columns("label")[:]["label"]) - set(after.select_columns("label")[:]["label"]))
     if emptied:
