@@ -89,6 +89,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the plan; train and write nothing.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Find out what bounds the speed: traces of some steps in OUTPUT/profile.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -123,7 +126,7 @@ def train(
 
     # What to write to do it again.
     command = shlex.join(["torchthaw", *(word for word in sys.argv[1:] if word != "--resume")])
-    results = run_recipe(checked, Reporter(quiet=quiet), resume=resume, command=command)
+    results = run_recipe(checked, Reporter(quiet=quiet), resume=resume, command=command, profile=profile)
     if as_json and is_main():
         _print_json(results)
 

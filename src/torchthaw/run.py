@@ -34,7 +34,12 @@ _FREE_ON_RESUME = ("output", "num_workers", "report_to", "card", "push", "cv_fin
 
 
 def run_recipe(
-    recipe: Recipe, reporter: Reporter, *, resume: bool = False, command: str | None = None
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    command: str | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Trains, evaluates and saves what a recipe asks for.
 
@@ -46,6 +51,7 @@ def run_recipe(
         resume: Whether to go on with the run in the output folder, if it was interrupted; it ends exactly where it
             would have without the interruption.
         command: The command line that asked for it, for the model card.
+        profile: Whether to find out what bounds the speed of each stage; see `ProfileCallback`.
 
     Returns:
         The content of `results.json`.
@@ -68,7 +74,7 @@ def run_recipe(
     check_model(recipe)
     _check_push(recipe)
     data = prepare_images(recipe, reporter)
-    job = Job(recipe, data, selection_metric(recipe, data), output, command, resume, started)
+    job = Job(recipe, data, selection_metric(recipe, data), output, command, resume, started, profile)
     results = _run(job, reporter) if recipe.cv is None else cross_validate(job, reporter)
     _push(recipe, output, reporter)
     return results

@@ -16,7 +16,9 @@ from torchthaw.evaluation.files import replacing
 from torchthaw.preparation import build_model, training_arguments
 from torchthaw.recipe import Recipe
 from torchthaw.training import processes
+from torchthaw.training.bottlenecks import PARTS
 from torchthaw.training.callbacks import ProgressCallback
+from torchthaw.training.profiling import ProfileCallback
 from torchthaw.training.resume import has_checkpoint
 from torchthaw.training.trainer import ThawTrainer
 
@@ -35,6 +37,7 @@ class Job:
         command: The command line that asked for it, for the model card.
         resume: Whether to go on from the last whole checkpoint in `output`.
         started: When the work began, by `time.monotonic()`.
+        profile: Whether to find out what bounds the speed of each stage.
     """
 
     recipe: Recipe
@@ -44,6 +47,7 @@ class Job:
     command: str | None = None
     resume: bool = False
     started: float = field(default_factory=time.monotonic)
+    profile: bool = False
 
 
 def make_trainer(job: Job) -> ThawTrainer:
@@ -83,7 +87,10 @@ def train_and_save(
     Returns:
         The content of `results.json`.
     """
-    _train(trainer, reporter, resume=job.resume)
+    profiler = ProfileCallback(job.output) if job.profile else None
+    _train(trainer, reporter, resume=job.resume, profiler=profiler)
+    if profiler is not None:
+        report_profile(profiler, reporter)
     return trainer.save_run(
         job.output,
         test_dataset=job.data.splits.get("test"),
@@ -156,19 +163,34 @@ def report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> None
     metric = results["metric"]
     reporter.table(
         "what each stage reached",
-        ("stage", "epochs", "trained parameters", "seconds", f"best validation {metric}", "kept"),
+        (
+            "stage",
+            "epochs",
+            "trained parameters",
+            "seconds",
+            "images/s",
+            "waiting for data",
+            "peak memory",
+            f"best validation {metric}",
+            "kept",
+        ),
         [
             (
                 stage["name"],
                 stage["epochs"],
                 f"{stage['trainable_parameters']:,}",
                 f"{stage['seconds']:.1f}",
+                _shown(stage["step_images_per_second"], ".0f"),
+                _shown(stage["data_wait_share"], ".0%"),
+                _shown(stage["peak_memory_mb"], ",.0f", " MiB"),
                 "-" if stage["best_metric"] is None else f"{stage['best_metric']:.4f}",
                 "yes" if stage["accepted"] else "no",
             )
             for stage in results["stages"]
         ],
     )
+    for sentence in filter(None, map(_on_frozen_part, results["stages"])):
+        reporter.say(sentence)
     for split in ("validation", "test"):
         if split in results:
             figures = results[split]
@@ -180,12 +202,53 @@ def report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> None
     reporter.say(f"saved to {output}; use it with pipeline('image-classification', model={str(output)!r})")
 
 
-def _train(trainer: ThawTrainer, reporter: Reporter, *, resume: bool) -> None:
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _on_frozen_part(stage: Mapping[str, Any]) -> str | None:
+    """Says what a stage saved by what it kept frozen."""
+    frozen = stage["frozen_part"]
+    if not frozen:
+        return None
+    cached = " and ".join(frozen["cached"])
+    what = f"computed once for {cached} images" if cached else "computed without a graph, anew for each batch"
+    return f"{stage['name']}: frozen layers up to {frozen['border']} in {frozen['dtype']}, {what}"
+
+
+def report_profile(profiler: ProfileCallback, reporter: Reporter) -> None:
+    """Says where the time of the stages went, and what would change it."""
+    if not profiler.stages:
+        return
+    reporter.table(
+        "where the time of a training step goes",
+        ("stage", "ms a step", "images/s", *PARTS, "largest operator", "steps of the stage"),
+        [
+            (
+                stage["name"],
+                f"{1000 * stage['step_seconds']:.1f}",
+                f"{stage['images_per_second']:.0f}",
+                *(f"{stage['shares'][part]:.0%}" for part in PARTS),
+                stage["top_operators"][0]["name"] if stage["top_operators"] else "-",
+                f"{stage['in_steps']:.0%}",
+            )
+            for stage in profiler.stages
+        ],
+    )
+    for stage in profiler.stages:
+        advice = "" if stage["advice"] is None else f". In the recipe: {stage['advice']}"
+        reporter.say(f"{stage['sentence']}{advice}")
+    reporter.say(f"traces and figures: {profiler.folder}; open a trace at https://ui.perfetto.dev")
+
+
+def _train(trainer: ThawTrainer, reporter: Reporter, *, resume: bool, profiler: ProfileCallback | None) -> None:
     goes_on = resume and processes.on_main(lambda: has_checkpoint(Path(str(trainer.args.output_dir))))
     if resume and not goes_on:
         reporter.say("No whole checkpoint was left, so the run starts from the beginning.")
     with reporter.progress("training", 1) as bar:
         trainer.add_callback(ProgressCallback(bar.update, reporter.say))
+        if profiler is not None:
+            trainer.add_callback(profiler)
         trainer.train(resume_from_checkpoint=goes_on or None)
 
 

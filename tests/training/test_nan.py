@@ -344,7 +344,10 @@ def test_gradients_are_clipped_as_torch_does(tmp_path, data, max_norm):
         model(**inputs).loss.backward()
         trainable = [p for p in model.parameters() if p.requires_grad]
         expected = nn.utils.clip_grad_norm_(trainable, max_norm or math.inf)
-        assert norm == expected.item()
-        assert all(torch.equal(p.grad, clipped[name]) for name, p in model.named_parameters() if p.requires_grad)
+        # The trainer computes the same function in another order.
+        assert norm == pytest.approx(expected.item(), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(clipped[name], parameter.grad, atol=1e-6, rtol=1e-4)
     if max_norm == 0.5:
         assert min(logged) > max_norm, "every step was clipped"

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.stages.plan import Stage
 from torchthaw.stages.proof import check_gradients
 from torchthaw.training import processes
 from torchthaw.training.gradients import NonFiniteError, broken_rows, clip_gradients, explain_non_finite
+from torchthaw.training.timing import TimedTrainer
 
 
-class GuardedTrainer(Trainer):
+class GuardedTrainer(TimedTrainer):
     """Checks the first gradients of a stage, and every step's loss and gradient norm, before the optimizer's step."""
 
     model: TorchvisionForImageClassification
@@ -58,8 +58,11 @@ class GuardedTrainer(Trainer):
         self._last_norm = norm = clip_gradients(model.parameters(), max_norm)
         # With fp16 the scaler skips steps whose gradients overflow, and lowers its scale: that is no failure.
         scaled = self.accelerator.scaler is not None
-        broken_loss = not bool(torch.isfinite(torch.stack([loss for loss, _ in self._batches])).all())
-        if processes.any_process(broken_loss or not (scaled or bool(torch.isfinite(norm)))):
+        finite = torch.isfinite(torch.stack([loss for loss, _ in self._batches])).all()
+        if not scaled:
+            finite = finite & torch.isfinite(norm)
+        # The only time in a step that the device is waited for.
+        if processes.any_process(not bool(finite)):
             raise NonFiniteError(self._why_broken(self.stage.name))
         self._batches = []
         return norm

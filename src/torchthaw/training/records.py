@@ -27,6 +27,12 @@ class StageRecord:
         changes: How far each layer group moved: L2 norm of the change over that before, up to the stage's best epoch.
         frozen_unchanged: Whether every frozen tensor was bit-identical at the end.
         ended_early: Why the stage was shorter than planned; None if it was not.
+        step_images_per_second: Training images over the time of training steps, their data included; of the process
+            that ended the stage.
+        data_wait_share: Share of that time that went by waiting for data.
+        peak_memory_mb: Peak memory of the process up to the stage's end in MiB; with CUDA, of the GPU in the stage.
+        frozen_part: How the frozen part was computed: its `border` (the first module behind it), its `dtype`, and the
+            splits of which it was `cached`; empty where all of the model ran.
     """
 
     name: str
@@ -46,6 +52,10 @@ class StageRecord:
     ended_early: str | None = None
     best_step: int | None = None
     best_epoch: float | None = None
+    step_images_per_second: float | None = None
+    data_wait_share: float | None = None
+    peak_memory_mb: float | None = None
+    frozen_part: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as plain data."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch import nn
@@ -30,6 +29,7 @@ from torchthaw.evaluation.measuring import measure_split
 from torchthaw.evaluation.plots import plot_curves, plot_learning_rates
 from torchthaw.sharing.fresh_process import check_saved_folder
 from torchthaw.training.records import StageRecord
+from torchthaw.training.timing import peak_memory_mb
 
 RESULTS_FILE = "results.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -154,7 +154,7 @@ def describe_environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "platform": platform.system(),
         },
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
         "versions": {
             "torchthaw": __version__,
             "python": python,
@@ -188,16 +188,3 @@ def _sha256(file: Path) -> str:
         while chunk := content.read(2**20):
             state.update(chunk)
     return state.hexdigest()
-
-
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return round(memory.peak_wset / 2**20, 1)  # type: ignore[attr-defined]
-    import resource  # Unix only
-
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

@@ -16,6 +16,7 @@ from torchthaw.training.gate import Comparison, Decision, compare, decide
 from torchthaw.training.processes import on_main
 from torchthaw.training.progress import Outcome, Progress
 from torchthaw.training.records import StageRecord
+from torchthaw.training.timing import Clock, peak_memory_mb
 
 
 def decide_stage(
@@ -66,6 +67,7 @@ def conclude(
     num_images: int | None,
     images_per_step: int,
     metric: str,
+    clock: Clock,
 ) -> StageRecord:
     """Ends a stage: decides on the main process, settles the weights on all, and appends the record.
 
@@ -81,6 +83,7 @@ def conclude(
         num_images: Number of training images; None for streams.
         images_per_step: Images of one optimizer step, over all processes.
         metric: The selection metric, without the name of the validation set.
+        clock: Where the time went.
     """
     decision = on_main(lambda: decide_stage(progress, args, metric=metric, failure=failure))
     candidate = progress.candidate
@@ -113,6 +116,10 @@ def conclude(
         ended_early="; then ".join([*progress.failures, *filter(None, [failure or progress.stage_over])]) or None,
         best_step=best_step,
         best_epoch=None if best_step is None else round(best_step * epochs / steps, 4),
+        step_images_per_second=None if clock.steps <= 0 else round(images / clock.steps, 2),
+        data_wait_share=None if clock.data_wait_share is None else round(clock.data_wait_share, 4),
+        peak_memory_mb=peak_memory_mb(),
+        frozen_part=progress.frozen_part,
     )
     progress.records.append(record)
     return record
