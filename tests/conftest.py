@@ -1,8 +1,12 @@
 """Fixtures shared by all tests: no network, images drawn on the spot, real data where it is at hand."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nothing that was cached before these tests may decide what they see.
+_CACHE = tempfile.TemporaryDirectory(prefix="torchthaw-cache-", ignore_cleanup_errors=True)
+os.environ["TORCHTHAW_CACHE"] = _CACHE.name
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each test process has its core; threads of several would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

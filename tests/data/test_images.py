@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as DatasetImage
 from PIL import Image
 
-from torchthaw.data.images import check_images, decode_image, image_extensions
+from torchthaw.data.images import check_images, decode_image, find_bad_images, image_extensions
 from torchthaw.data.loading import load_image_dataset
 from torchthaw.errors import DataError
 
@@ -193,3 +195,29 @@ def test_odd_files_decode_or_are_refused_in_time(shared_data: Path):
             surprises.append(row["file"])
     assert not slow
     assert not surprises
+
+
+def test_the_check_finds_what_cannot_be_decoded_and_nothing_else(shared_data, tmp_path):
+    """It decodes JPEGs at an eighth of their size, where training may decode them whole."""
+    files = [path for path in sorted((shared_data / "odd-images").rglob("*")) if path.suffix in (".jpg", ".jpeg")]
+    photo = next((shared_data / "hymenoptera").rglob("*.jpg")).read_bytes()
+    for number, share in enumerate((0.02, 0.1, 0.3, 0.5, 0.9, 0.99, 0.999)):
+        cut = tmp_path / f"cut-{number}.jpg"
+        cut.write_bytes(photo[: int(share * len(photo))])
+        hole = tmp_path / f"hole-{number}.jpg"
+        middle = int(share * len(photo))
+        hole.write_bytes(photo[:middle] + bytes(300) + photo[middle + 300 :])
+        files += [cut, hole]
+    rows = {"image": [str(path) for path in files], "label": [0] * len(files), "path": [str(path) for path in files]}
+    features = Features(image=DatasetImage(decode=False), label=ClassLabel(names=["a", "b"]), path=Value("string"))
+    found = find_bad_images(Dataset.from_dict(rows, features=features), progress=False)
+    expected = []
+    for path in files:
+        try:
+            decode_image(path)
+        except DataError as error:
+            expected.append(
+                (str(path), str(error).removeprefix(f"Cannot use image {str(path)!r}: it ").removesuffix("."))
+            )
+    assert len(expected) >= 8
+    assert [(image.path, image.reason) for image in found] == expected

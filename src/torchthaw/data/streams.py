@@ -15,7 +15,8 @@ from torchthaw.data.augmentation import Augmentation
 from torchthaw.data.columns import find_columns
 from torchthaw.data.folders import listing
 from torchthaw.data.images import decode_image
-from torchthaw.data.views import hashed_seed, transformed, view_transform
+from torchthaw.data.transforms import ImageTransform, view_transform
+from torchthaw.data.views import hashed_seed, transformed
 from torchthaw.errors import DataError, did_you_mean
 
 
@@ -90,7 +91,7 @@ class ImageStream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         self.stage = stage
         # Shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._transform = view_transform(processor, augmentation)
+        self._transform: ImageTransform = view_transform(processor, augmentation)
 
     def for_stage(
         self, stage: int, *, augmentation: Augmentation | Literal["same"] | None = "same", image_size: int | None = None
@@ -137,7 +138,8 @@ class ImageStream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
                 sample = _digest(str(path).encode() if path else image or b"")
                 seen[sample] += 1
             seed = hashed_seed("view", self.seed, self.stage, int(self._epoch), sample, seen[sample])
-            pixels = transformed(decode_image(image, name=name), self._transform, seed)
+            picture = decode_image(image, name=name, working_size=self._transform.working_size)
+            pixels = transformed(self._transform.prepared(picture), self._transform, seed)
             yield {"pixel_values": pixels, "labels": torch.tensor(self._id_of(row[self._label], name))}
 
     def _id_of(self, label: Any, name: str) -> int:

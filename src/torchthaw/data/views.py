@@ -1,21 +1,40 @@
 """What a data loader draws from: images as tensors, each a pure function of (seed, stage, epoch, sample)."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import ClassLabel, Dataset, Image
-from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.data.augmentation import Augmentation
 from torchthaw.data.images import decode_image
-from torchthaw.data.transforms import ImageTransform, eval_transform, train_transform
+from torchthaw.data.transforms import ImageTransform, view_transform
 from torchthaw.errors import DataError
+
+
+class KeptPictures(Protocol):
+    """Prepared pictures by row, such as `caches.images.CachedPictures`."""
+
+    def pixels(self, row: int) -> npt.NDArray[np.uint8] | None:
+        """Returns a picture, (height, width, 3); None where it has to be decoded."""
+
+
+class Batch(list[dict[str, Tensor]]):
+    """Samples that are rows of one batch, which `collate` returns as it is; to others a list of samples.
+
+    Attributes:
+        stacked: The batch.
+    """
+
+    def __init__(self, stacked: dict[str, Tensor]) -> None:
+        super().__init__({key: rows[i] for key, rows in stacked.items()} for i in range(len(stacked["labels"])))
+        self.stacked = stacked
 
 
 class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -23,9 +42,9 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     How sample `i` looks depends on (seed, stage, epoch, i) alone, not on the number of workers or processes, the order
     of reading, or a restart. A sampler that draws images several times an epoch can ask for `(i, repeat)`: another
-    repeat looks different, and repeat 0 as `i` does. With mixup or cutmix every sample decodes a second image, its
+    repeat looks different, and repeat 0 as `i` does. With mixup or cutmix every sample needs a second image, its
     partner, so that loading costs twice as much; the partner is drawn from the whole split and looks as it does in its
-    own sample.
+    own sample. What is random, and at which resolution, is in `TrainTransform`.
 
     Args:
         dataset: A split with the columns `image`, `label` (`ClassLabel`) and, for messages, `path`.
@@ -33,6 +52,7 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         augmentation: Random changes for training; `None` for the processor's own pixels.
         seed: Seed of the run.
         stage: Number of the stage; another stage sees other views.
+        views: How many views of each image the epochs go through in turn; `None` for another one in each epoch.
 
     Raises:
         DataError: There are no such columns.
@@ -45,6 +65,7 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         stage: int = 0,
+        views: int | None = None,
     ) -> None:
         if "image" not in dataset.features or not isinstance(dataset.features.get("label"), ClassLabel):
             raise DataError(
@@ -56,12 +77,23 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.augmentation = augmentation
         self.seed = seed
         self.stage = stage
+        self.views = views
         # Shared memory, so that workers that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._transform = view_transform(processor, augmentation)
+        self.transform: ImageTransform = view_transform(processor, augmentation)
+        self.kept: KeptPictures | None = None
+        self._labels = np.asarray(self.dataset["label"][:], dtype=np.int64)
+        self._names = self.dataset["path"][:] if "path" in self.dataset.column_names else None
+        self._files = _files_of(self.dataset)
+        self._images = self.dataset.select_columns(["image"])
 
     def for_stage(
-        self, stage: int, *, augmentation: Augmentation | Literal["same"] | None = "same", image_size: int | None = None
+        self,
+        stage: int,
+        *,
+        augmentation: Augmentation | Literal["same"] | None = "same",
+        image_size: int | None = None,
+        views: int | None = None,
     ) -> "ImageView":
         """Returns a view of the same images for another stage, which starts at epoch 0.
 
@@ -70,10 +102,14 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
             augmentation: Random changes of that stage, `None` for none; those of this view by default.
             image_size: Side of the square images in pixels; the processor's size by default. Images that are not
                 augmented are resized in proportion before the crop.
+            views: How many views of each image its epochs go through in turn; `None` for another one in each.
         """
         chosen = self.augmentation if augmentation == "same" else augmentation
         processor = self.processor if image_size is None else self.processor.resized(image_size)
-        return ImageView(self.dataset, processor, chosen, self.seed, stage)
+        view = ImageView(self.dataset, processor, chosen, self.seed, stage, views)
+        if view.transform.key == self.transform.key:
+            view.kept = self.kept
+        return view
 
     @property
     def class_names(self) -> list[str]:
@@ -106,39 +142,77 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
             DataError: The image cannot be decoded; the message names it.
             IndexError: There is no such row.
         """
-        index, repeat = index if isinstance(index, tuple) else (index, 0)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of a data set with {len(self)} images")
-        index = int(index) % len(self)
-        pixels, label = self._view(index, repeat)
-        if self.augmentation is None or not self.augmentation.mixes:
-            return {"pixel_values": pixels, "labels": torch.tensor(label)}
-        random = np.random.default_rng(self._seed_of(index, repeat, "mix"))
-        partner_pixels, partner_label = self._view(int(random.integers(len(self))), 0)
-        pixels, share = _mix(pixels, partner_pixels, self.augmentation, random)
-        one_hot = F.one_hot(torch.tensor([label, partner_label]), self.num_classes).float()
-        return {"pixel_values": pixels, "labels": share * one_hot[0] + (1 - share) * one_hot[1]}
+        row, repeat = self._row_and_repeat(index)
+        pixels = self._view(row, repeat)
+        if not self._mixes:
+            return {"pixel_values": pixels, "labels": torch.tensor(self._labels[row])}
+        pixels, labels = self._mixed(pixels, row, repeat)
+        return {"pixel_values": pixels, "labels": labels}
 
-    def _view(self, index: int, repeat: int) -> tuple[Tensor, int]:
-        row = self.dataset[index]
-        picture = decode_image(row["image"], name=row.get("path"))
-        return transformed(picture, self._transform, self._seed_of(index, repeat, "view")), row["label"]
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Returns the samples of a batch, as `__getitem__` does; where they have the same size, as one `Batch`."""
+        first = self[indices[0]]
+        if self.augmentation is None and not getattr(self.processor, "do_center_crop", False):
+            return [first, *(self[index] for index in indices[1:])]
+        stacked = {key: torch.empty((len(indices), *value.shape), dtype=value.dtype) for key, value in first.items()}
+        for number, index in enumerate(indices):
+            out, labels = stacked["pixel_values"][number], stacked["labels"][number]
+            row, repeat = self._row_and_repeat(index)
+            if number == 0:
+                out.copy_(first["pixel_values"])
+                labels.copy_(first["labels"])
+            elif self._mixes:
+                mixed, mixed_labels = self._mixed(self._view(row, repeat), row, repeat)
+                out.copy_(mixed)
+                labels.copy_(mixed_labels)
+            else:
+                self._view(row, repeat, out)
+                labels.fill_(int(self._labels[row]))
+        return Batch(stacked)
+
+    def value(self, row: int) -> Any:
+        """Returns the image of a row as it is in the data set: a path, or a dictionary of bytes and path."""
+        return self._images[row]["image"] if self._files is None else self._files[row]
+
+    @property
+    def _mixes(self) -> bool:
+        return self.augmentation is not None and self.augmentation.mixes
+
+    def _row_and_repeat(self, index: int | tuple[int, int]) -> tuple[int, int]:
+        row, repeat = index if isinstance(index, tuple) else (index, 0)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of a data set with {len(self)} images")
+        return int(row) % len(self), repeat
+
+    def _mixed(self, pixels: Tensor, row: int, repeat: int) -> tuple[Tensor, Tensor]:
+        assert self.augmentation is not None
+        random = np.random.default_rng(self._seed_of(row, repeat, "mix"))
+        partner = int(random.integers(len(self)))
+        pixels, share = _mix(pixels, self._view(partner, 0), self.augmentation, random)
+        one_hot = F.one_hot(torch.from_numpy(self._labels[[row, partner]]), self.num_classes).float()
+        return pixels, share * one_hot[0] + (1 - share) * one_hot[1]
+
+    def _view(self, row: int, repeat: int, out: Tensor | None = None) -> Tensor:
+        prepared: Any = None if self.kept is None else self.kept.pixels(row)
+        if prepared is None:
+            name = None if self._names is None else self._names[row]
+            prepared = self.transform.prepared(
+                decode_image(self.value(row), name=name, working_size=self.transform.working_size)
+            )
+        return transformed(prepared, self.transform, self._seed_of(row, repeat, "view"), out)
 
     def _seed_of(self, index: int, repeat: int, purpose: str) -> int:
+        if self.views is not None:
+            return hashed_seed(purpose, self.seed, self.stage, (int(self._epoch) + repeat) % self.views, index)
         return hashed_seed(purpose, self.seed, self.stage, int(self._epoch), index, *([repeat] if repeat else []))
 
 
-def view_transform(processor: TorchvisionImageProcessor, augmentation: Augmentation | None) -> ImageTransform:
-    """Returns the random transform of an augmentation, or without one that of evaluation."""
-    return train_transform(processor, augmentation) if augmentation else eval_transform(processor)
-
-
-def transformed(picture: PILImage.Image, transform: ImageTransform, seed: int) -> Tensor:
-    """Returns the tensor of a picture, with a random transform that depends on the seed alone."""
+def transformed(prepared: Any, transform: ImageTransform, seed: int, out: Tensor | None = None) -> Tensor:
+    """Returns the tensor of a prepared picture, with a random transform that depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators too, and with them dropout.
         torch.default_generator.manual_seed(seed)
-        return transform(picture)
+        return transform(prepared, out)
 
 
 def hashed_seed(*parts: str | int) -> int:
@@ -147,9 +221,21 @@ def hashed_seed(*parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def collate(examples: Sequence[dict[str, Tensor]] | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stacks samples to a batch: `pixel_values` of shape (N, 3, height, width), `labels` (N) or (N, classes)."""
+    if isinstance(examples, Mapping):
+        return dict(examples)
+    if isinstance(examples, Batch):
+        return examples.stacked
     return {key: torch.stack([example[key] for example in examples]) for key in ("pixel_values", "labels")}
+
+
+def _files_of(dataset: Dataset) -> list[str] | None:
+    """Returns the path of each image, read once; None where the data set holds bytes of some."""
+    if any(chunk.field("bytes").null_count < len(chunk) for chunk in dataset.data.column("image").chunks):
+        return None
+    images = dataset.select_columns(["image"]).with_format("arrow")[:]["image"].to_pylist()
+    return None if None in images else [image["path"] for image in images]
 
 
 def _mix(
