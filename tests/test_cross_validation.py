@@ -303,7 +303,14 @@ def comparable(folder):
     for key in ("seconds_total", "peak_memory_mb", "command"):
         del found[key]
     for stage in found["stages"]:
-        del stage["seconds"], stage["train_images_per_second"]
+        for key in (
+            "seconds",
+            "train_images_per_second",
+            "step_images_per_second",
+            "data_wait_share",
+            "peak_memory_mb",
+        ):
+            del stage[key]
     return found
 
 

@@ -97,7 +97,7 @@ def test_the_table_shows_patterns_ranges_steps_and_what_a_stage_has_of_its_own(r
     # 27 training images are 4 batches of 8, or 7 of 4; 10 steps are two and a half epochs.
     assert rows[:3] == [
         ["stage", "epochs", "steps", "warmup steps", "schedule", "optimizer", "batch size", "image size", "patience"],
-        ["by pattern", "2.5", "10", "4", "cosine", "adamw_torch", "8", "32", "-"],
+        ["by pattern", "2.5", "10", "4", "cosine", "adamw_torch_fused", "8", "32", "-"],
         ["top", "3", "21", "2", "linear", "sgd", "4", "64", "2"],
     ]
     # BatchNorm of random weights may not keep its statistics.
@@ -137,7 +137,7 @@ def test_the_table_shows_patterns_ranges_steps_and_what_a_stage_has_of_its_own(r
     ]
     trained = sizes["stage3"] + sizes["stage4"] + sizes["head"]
     assert f"by pattern: {trained:,} of {sum(sizes.values()):,} parameters train" in stderr
-    assert "adamw_torch, gradients clipped to 1, batches of 8, images of 32 pixels" in stderr
+    assert "adamw_torch_fused, gradients clipped to 1, batches of 8, images of 32 pixels" in stderr
     assert (
         "Frozen groups are in eval mode as a whole: BatchNorm statistics, dropout and stochastic depth are those of "
         "inference." in stderr
@@ -146,10 +146,15 @@ def test_the_table_shows_patterns_ranges_steps_and_what_a_stage_has_of_its_own(r
 
 
 def test_columns_that_no_stage_needs_are_left_out(run, make_image_folder):
-    code, _, stderr = run("staged", "--data", make_image_folder(per_class=12), *SMALL, "--set", "max_grad_norm=0")
+    photos = make_image_folder(per_class=12)
+    code, _, stderr = run("staged", "--data", photos, *SMALL, "--set", "max_grad_norm=0")
     assert code == 0, stderr
-    assert cells(stderr)[0] == ["stage", "epochs", "steps", "warmup steps", "schedule"]
+    assert cells(stderr)[0] == ["stage", "epochs", "steps", "warmup steps", "schedule", "augmentation"]
+    assert [row[-1] for row in cells(stderr)[1:4]] == ["none", "-", "-"]
     assert "no clipping" in stderr
+    asked = ["--set", "augmentation=light"]
+    _, _, stderr = run("staged", "--data", photos, *SMALL, *asked)
+    assert cells(stderr)[0] == ["stage", "epochs", "steps", "warmup steps", "schedule"]
 
 
 def test_rates_and_decay_of_the_recipe_count(run, make_image_folder):

@@ -78,7 +78,14 @@ def results(folder):
     found = json.loads((folder / "results.json").read_text())
     del found["seconds_total"], found["peak_memory_mb"], found["command"]
     for stage in found["stages"]:
-        del stage["seconds"], stage["train_images_per_second"]
+        for key in (
+            "seconds",
+            "train_images_per_second",
+            "step_images_per_second",
+            "data_wait_share",
+            "peak_memory_mb",
+        ):
+            del stage[key]
     return found
 
 

@@ -15,6 +15,7 @@ from torchthaw.console import Reporter, printable
 from torchthaw.data.audit.audit import Examined, examine_dataset
 from torchthaw.data.audit.report import AuditReport
 from torchthaw.data.views import ImageView
+from torchthaw.data.workers import suggest_workers
 from torchthaw.errors import DataError
 from torchthaw.evaluation.features import pooled_features
 from torchthaw.evaluation.inference import best_device
@@ -46,7 +47,7 @@ def backbone_features(
     weights: str,
     image_size: int | None = None,
     batch_size: int = 32,
-    num_workers: int = 2,
+    num_workers: int | None = None,
 ) -> tuple[np.ndarray, float]:
     """Computes what a pretrained backbone sees in all images, split after split.
 
@@ -58,11 +59,12 @@ def backbone_features(
     """
     started = time.perf_counter()
     model = TorchvisionModel.from_torchvision(backbone, weights=weights, image_size=image_size)
-    cast(nn.Module, model).to(best_device())
+    cast(nn.Module, model).to(best_device()).requires_grad_(False)
     processor = TorchvisionImageProcessor.from_torchvision(backbone, weights=weights, image_size=image_size)
     view = ImageView(concatenate_datasets(list(splits.values())), processor)
     with reporter.progress("looking for suspicious labels", len(view)) as bar:
-        features = pooled_features(model, view, batch_size=batch_size, num_workers=num_workers, on_progress=bar.update)
+        workers = suggest_workers(view, best_device()) if num_workers is None else num_workers
+        features = pooled_features(model, view, batch_size=batch_size, num_workers=workers, on_progress=bar.update)
     return features, time.perf_counter() - started
 
 

@@ -165,7 +165,7 @@ def _judge(
                 weights=recipe.weights,
                 image_size=recipe.image_size,
                 batch_size=recipe.batch_size,
-                num_workers=recipe.num_workers,
+                num_workers=None if recipe.num_workers == "auto" else recipe.num_workers,
             )
         examined.seconds["features"] = seconds
     return judge(

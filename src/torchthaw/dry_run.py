@@ -1,5 +1,6 @@
 """`torchthaw train --dry-run`: what a run would do, stage by stage and layer group by layer group, without doing it."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from torchthaw.recipe import Recipe
 from torchthaw.stages.freezing import batch_norms, freeze_for_stage, resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
+from torchthaw.stages.presets import stage_augmentation
 from torchthaw.training.completion import check_data, complete_arguments, full_plan
 from torchthaw.training.imbalance import ImbalanceSettings, settle
 from torchthaw.user_errors import as_user_error
@@ -74,7 +76,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
             class_names=data.class_names,
             several_labels=False,
         )
-    plan = full_plan(arguments, model)
+    plan = _with_augmentation(full_plan(arguments, model), arguments.asked_augmentation)
     sizes = {split: len(images) for split, images in data.splits.items()}
     fold_sizes = [{split: len(images) for split, images in fold.splits.items()} for fold in folds]
     planned = [plan_rows(model, plan, num_images=fold["train"], settings=settings) for fold in fold_sizes]
@@ -102,6 +104,14 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         }
     _print(document, plan, settings, reporter, balance.sentences(metric))
     return document
+
+
+def _with_augmentation(plan: StagePlan, run: Any) -> StagePlan:
+    """Writes into stages what they do to their images where neither they nor the run say it."""
+    if run is not None:
+        return plan
+    stages = [dataclasses.replace(stage, augmentation=stage_augmentation(stage, None)) for stage in plan.stages]
+    return StagePlan(tuple(stages), plan.name)
 
 
 def plan_rows(
@@ -145,6 +155,7 @@ def _stage_row(
         "schedule": stage.schedule,
         **chosen,
         "augmentation": stage.augmentation,
+        "views": stage.views,
         "patience": stage.patience,
         "frozen_dropout": stage.frozen_dropout,
         "parameters": frozen.parameters,
@@ -217,7 +228,7 @@ def _print(
         f"batches of {settings.batch_size}, images of {settings.image_size} pixels"
     )
     # What every stage takes from the run stands above; columns show only where stages differ from it.
-    own = {key: getattr(settings, key, None) for key in (*asdict(settings), "augmentation", "patience")}
+    own = {key: getattr(settings, key, None) for key in (*asdict(settings), "augmentation", "views", "patience")}
     extra = [key for key, run in own.items() if any(stage[key] != run for stage in stages)]
     reporter.table(
         "stages",

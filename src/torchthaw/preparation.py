@@ -99,7 +99,9 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path, validates: 
             focal_gamma=recipe.focal_gamma,
             logit_adjustment=recipe.logit_adjustment,
             report_to=list(recipe.report_to),
-            dataloader_num_workers=recipe.num_workers,
+            dataloader_num_workers=None if recipe.num_workers == "auto" else recipe.num_workers,
+            cache_gb=recipe.cache_gb,
+            frozen_precision=recipe.frozen_precision,
             seed=recipe.seed,
             # Without being told, accelerate leaves several processes on CPUs to themselves.
             use_cpu=best_device().type == "cpu",

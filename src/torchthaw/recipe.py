@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -124,7 +124,10 @@ class Recipe(_Section):
         dropout: Dropout before the head, where the architecture has it; None keeps torchvision's.
         stochastic_depth: Likewise.
         report_to: Reporters of transformers, such as `tensorboard`, or `codecarbon`, of which the card states the CO2.
-        num_workers: Processes that decode images besides the main one.
+        num_workers: Processes that decode images besides the main one; `auto` takes as many as pay.
+        cache_gb: Most that cached images and features may take on the disk, in GB; 0 caches nothing.
+        frozen_precision: What frozen layers are computed in: `float32`, `bfloat16`, or `auto`, which takes bfloat16
+            where it is faster on this machine and gives the same features.
         seed: Seed of everything random.
         output: Folder of the results.
         card: What the model card says that no run can know: license, intended use ...; see `CardOptions`.
@@ -149,7 +152,7 @@ class Recipe(_Section):
     gate: Literal["best", "significant", "off"] = "best"
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     on_reject: Literal["continue", "stop"] = "continue"
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     max_grad_norm: float = Field(default=1.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     imbalance: str | None = None
@@ -161,7 +164,9 @@ class Recipe(_Section):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     stochastic_depth: float | None = Field(default=None, ge=0, lt=1)
     report_to: tuple[str, ...] = ()
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    cache_gb: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    frozen_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = Field(default=0, ge=0)
     output: str | None = None
     card: CardOptions = CardOptions()

@@ -239,7 +239,8 @@ def test_other_metrics_decide_in_their_own_direction(digits, tmp_path, metric):
     assert head.comparison["before"] == log[0]
     assert wreck.comparison["after"] == log[3 * STEPS]
     assert wreck.comparison["method"].startswith("paired bootstrap")
-    assert trainer.evaluate()[f"eval_{metric}"] == head.best_metric
+    # Outside a stage the model runs as its modules stand, which sums in another order.
+    assert trainer.evaluate()[f"eval_{metric}"] == pytest.approx(head.best_metric, rel=1e-5)
 
 
 # Within a stage

@@ -88,7 +88,14 @@ def outcome(folder):
         {key: value for key, value in line.items() if not key.endswith(timed)} for line in result["history"]
     ]
     for record in result["records"]:
-        del record["seconds"], record["train_images_per_second"]
+        for key in (
+            "seconds",
+            "train_images_per_second",
+            "step_images_per_second",
+            "data_wait_share",
+            "peak_memory_mb",
+        ):
+            del record[key]
     result["weights"] = load_file(folder / "weights.safetensors")
     result["checkpoints"] = {}
     for checkpoint in sorted((folder / "run").glob("checkpoint-*")):

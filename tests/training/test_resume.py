@@ -135,7 +135,7 @@ def history(trainer):
 
 
 def records(trainer):
-    timed = ("seconds", "train_images_per_second")
+    timed = ("seconds", "train_images_per_second", "step_images_per_second", "data_wait_share", "peak_memory_mb")
     described = [record.to_dict() for record in trainer.stage_records]
     return [{key: record[key] for key in record if key not in timed} for record in described]
 

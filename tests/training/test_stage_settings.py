@@ -138,8 +138,8 @@ def test_clipping_of_one_stage_is_not_that_of_another(tmp_path, images):
 
 def test_batch_and_image_size_of_a_stage_leave_validation_alone(tmp_path, images):
     plan = [
-        Stage("small", "head", epochs=1, learning_rate=1e-3, batch_size=4, image_size=16, augmentation="none"),
-        Stage("usual", "head", epochs=1, learning_rate=1e-3),
+        Stage("small", "all", epochs=1, learning_rate=1e-3, batch_size=4, image_size=16, augmentation="none"),
+        Stage("usual", "all", epochs=1, learning_rate=1e-3),
     ]
     trainer, watcher = run(tmp_path, images, plan)
     assert watcher.shapes == [(4, 3, 16, 16)] * 6 + [(6, 3, 32, 32)] * 4
@@ -260,10 +260,10 @@ def test_augmentation_of_a_stage_is_its_own(tmp_path, images):
 
     own = {"horizontal_flip": 0.0, "color_jitter": 0.3}
     plan = [
-        Stage("usual", "head", epochs=1, learning_rate=1e-3),
-        Stage("plain", "head", epochs=1, learning_rate=1e-3, augmentation="none"),
-        Stage("own", "head", epochs=2, learning_rate=1e-3, augmentation=own),
-        Stage("usual again", "head", epochs=1, learning_rate=1e-3),
+        Stage("usual", "all", epochs=1, learning_rate=1e-3),
+        Stage("plain", "all", epochs=1, learning_rate=1e-3, augmentation="none"),
+        Stage("own", "all", epochs=2, learning_rate=1e-3, augmentation=own),
+        Stage("usual again", "all", epochs=1, learning_rate=1e-3),
     ]
     trainer = new_trainer(tmp_path, images, plan, kind=Watched, augmentation="light", seed=7)
     trainer.seen = {}

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from torchthaw.backbones.folding import put_on_fast_form
 from torchthaw.backbones.modeling import TorchvisionModel
-from torchthaw.evaluation.inference import predict_split
+from torchthaw.evaluation.inference import predict_logits
 
 
 def pooled_features(
@@ -33,9 +34,13 @@ def pooled_features(
     Returns:
         Float32 array of shape (images, features).
     """
-    return predict_split(_Pooled(model), view, batch_size=batch_size, num_workers=num_workers, on_progress=on_progress)[
-        0
-    ]
+    form = put_on_fast_form(model)
+    try:
+        return predict_logits(
+            _Pooled(model), view, batch_size=batch_size, num_workers=num_workers, on_progress=on_progress
+        )
+    finally:
+        form.remove()
 
 
 class _Pooled(nn.Module):

@@ -1,6 +1,7 @@
 """Logits of a model on images: the one path by which saved models are evaluated and used."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from torchthaw.backbones.allocator import tensors_kept_in_memory
 from torchthaw.data.views import collate
 
 
@@ -63,11 +65,12 @@ def predict_split(
     logits: list[torch.Tensor] = []
     labels: list[torch.Tensor] = []
     done = 0
-    for batch in DataLoader(view, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn):
-        logits.append(model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu())
-        labels.append(torch.as_tensor(batch["labels"]).cpu())
-        done += len(logits[-1])
-        if on_progress is not None:
-            on_progress(done)
+    with tensors_kept_in_memory() if device.type == "cpu" else nullcontext():
+        for batch in DataLoader(view, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn):
+            logits.append(model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu())
+            labels.append(torch.as_tensor(batch["labels"]).cpu())
+            done += len(logits[-1])
+            if on_progress is not None:
+                on_progress(done)
     model.train(was_training)
     return torch.cat(logits).numpy(), torch.cat(labels).numpy()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchthaw.errors import PlanError, did_you_mean
-from torchthaw.stages.plan import HEAD, Stage, StagePlan
+from torchthaw.stages.plan import Stage, StagePlan
 
 # Relative length of each stage: a preset of E epochs shares them out in this proportion.
 _SHAPES: dict[str, tuple[tuple[str, str | int, int], ...]] = {
@@ -134,11 +134,29 @@ def fill_defaults(
             stage = dataclasses.replace(stage, weight_decay=decay)
         if stage.learning_rate is not None:
             return stage
-        rate = defaults.head_rate if stage.unfreeze in (HEAD, 0) else defaults.unfrozen_rate
+        rate = defaults.head_rate if stage.trains_head_alone else defaults.unfrozen_rate
         layer_decay = defaults.layer_decay if stage.layer_decay is None else stage.layer_decay
         return dataclasses.replace(stage, learning_rate=rate * scale, layer_decay=layer_decay)
 
     return StagePlan(stages=tuple(fill(stage) for stage in plan.stages), name=plan.name)
+
+
+def stage_augmentation(stage: Stage, run: Any) -> Any:
+    """Returns what a stage does to its training images: its own augmentation, or else the run's.
+
+    Where neither says anything, a stage that trains the head alone does nothing (`"none"`): so the features of each
+    image need to be computed only once. Every other stage then takes the default of the backbone's family.
+
+    Args:
+        stage: The stage.
+        run: The run's augmentation; None where it was left open.
+
+    Returns:
+        A name or fields; None for the family's default.
+    """
+    if stage.augmentation is not None:
+        return stage.augmentation
+    return "none" if run is None and stage.trains_head_alone else run
 
 
 def _share_out(epochs: int, weights: list[int], plan: str) -> list[int]:

@@ -72,6 +72,8 @@ class Stage:
         image_size: Side of the training images in pixels, from 16 on (progressive resizing); validation keeps the
             model's. None takes the model's.
         augmentation: Name of an augmentation, or its fields. None takes the run's.
+        views: How many differently augmented views of each image the stage's epochs go through in turn, so that what
+            frozen layers make of them is computed once. None gives each epoch a view of its own.
         patience: The stage ends after this many validations in a row without a metric better than the stage's best
             (early stopping). None runs it to its end.
         on_nan: What follows when the loss or a gradient is not finite: `stop` ends the stage, `retry` runs it once
@@ -100,6 +102,7 @@ class Stage:
     batch_size: int | None = None
     image_size: int | None = None
     augmentation: str | Mapping[str, Any] | None = None
+    views: int | None = None
     patience: int | None = None
     on_nan: Literal["stop", "retry"] = "stop"
     frozen_dropout: bool = False
@@ -164,6 +167,7 @@ class Stage:
             ("steps", 1),
             ("batch_size", 1),
             ("patience", 1),
+            ("views", 1),
             ("image_size", SMALLEST_IMAGE),
         ):
             value = getattr(self, key)
@@ -206,6 +210,11 @@ class Stage:
                 f"stage {self.name!r}: the schedule {self.schedule} needs {' or '.join(names)}; write, for example, "
                 f"schedule_args: {example}"
             )
+
+    @property
+    def trains_head_alone(self) -> bool:
+        """Whether nothing but the head trains."""
+        return self.unfreeze in (HEAD, 0, (HEAD,))
 
     def live_groups(self, groups: Sequence[str]) -> tuple[str, ...]:
         """Returns the layer groups that train, in the order of `groups` (input to output, the head last).

@@ -26,6 +26,7 @@ else:
     ClassWeightsArgument = str | None
 
 ON_REJECT = ("continue", "stop")
+FROZEN_PRECISIONS = ("auto", "float32", "bfloat16")
 LAUNCHER_SETTINGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
@@ -41,7 +42,8 @@ class ThawTrainingArguments(TrainingArguments):
     (`eval_on_start`), since the gate compares with it; each stage hands on the weights of its best epoch, and those
     that the gate kept are in the model at the end (`load_best_model_at_end`; without it, a stage hands on its last
     weights); a loss that is not finite ends the stage; columns are kept (`remove_unused_columns=False`), because images
-    are decoded on the fly; memory is pinned only where there is CUDA; callbacks get their state back on resume
+    are decoded on the fly; as many workers load images as pay on this machine, which never changes what they load
+    (`dataloader_num_workers=None`); memory is pinned only where there is CUDA; callbacks get their state back on resume
     (`restore_callback_states_from_checkpoint`); DDP does not look for unused parameters
     (`ddp_find_unused_parameters`), since each stage wraps the model anew.
 
@@ -50,7 +52,8 @@ class ThawTrainingArguments(TrainingArguments):
         plan: Name of a preset (`head`, `partial`, `two_phase`, `staged`, `full`), a `StagePlan`, a list of `Stage`, or
             `StagePlan.to_dict()`.
         augmentation: Training augmentation: a preset's name (`none`, `light`, `medium`, `strong`), an `Augmentation`,
-            or its fields. None takes the default of the backbone's family.
+            or its fields. None takes the default of the backbone's family, and in stages that train the head alone
+            none, so that each image's features are computed once.
         gate: What decides after each stage, on the validation images, whether its weights are kept: `best` if the
             metric is better than before the stage, `significant` if it also gains beyond noise (exact McNemar test for
             accuracy, paired bootstrap for macro F1 and others, p < 0.05), `off` keeps every stage. What is not kept is
@@ -72,6 +75,9 @@ class ThawTrainingArguments(TrainingArguments):
         focal_gamma: Focusing of the focal loss: 0 is cross entropy, and more makes less of images that are classified
             well already.
         logit_adjustment: tau of the logit adjusted loss: 1 trains for balanced accuracy, less goes part of the way.
+        cache_gb: Most that cached images and features may take on the disk, in GB (see `ArrayStore`); 0 caches nothing.
+        frozen_precision: What frozen layers are computed in: `float32`, `bfloat16`, or `auto`, which takes bfloat16
+            where the hardware has it, it is faster, and it gives the same features (see `frozen_dtype`).
 
     Raises:
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`, the gate is unknown or has no
@@ -90,6 +96,8 @@ class ThawTrainingArguments(TrainingArguments):
     loss: str = "cross_entropy"
     focal_gamma: float = 2.0
     logit_adjustment: float = 1.0
+    cache_gb: float = 10.0
+    frozen_precision: str = "auto"
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -107,6 +115,7 @@ class ThawTrainingArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = True
     ddp_find_unused_parameters: bool | None = False
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    dataloader_num_workers: int | None = None  # type: ignore[assignment]
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
 
     def __post_init__(self) -> None:
@@ -122,14 +131,25 @@ class ThawTrainingArguments(TrainingArguments):
         self.plan = plan.to_dict()
         # 0 stands for the length that a plan counted in steps has of itself.
         self.num_train_epochs = float(plan.epochs or 0)
+        # Kept, since the backbone's family fills it in later.
+        self.asked_augmentation = self.augmentation
         if isinstance(self.augmentation, Augmentation):
             self.augmentation = self.augmentation.to_dict()
         make_augmentation(self.augmentation or "none")
         self._settle_gate()
         self._check_imbalance()
+        self._check_speed()
         # The order of the images must be the run's own on resume, whatever else has drawn random numbers.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
+        if self.accelerator_config is None and torch.cuda.is_available():
+            # Pinned batches are copied while the GPU computes.
+            self.accelerator_config = {"non_blocking": True}
+        # `Trainer` compares it with numbers.
+        workers, self.dataloader_num_workers = self.dataloader_num_workers, self.dataloader_num_workers or 0
+        if workers is None and self.dataloader_prefetch_factor is not None:
+            self.dataloader_num_workers = 1
         super().__post_init__()
+        self.dataloader_num_workers = workers
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: everything but tokens, since `Trainer` pickles its arguments into checkpoints."""
@@ -177,6 +197,15 @@ class ThawTrainingArguments(TrainingArguments):
         if self.sampling is not None and str(getattr(strategy, "value", strategy)) != "random":
             raise PlanError(
                 f"sampling is {self.sampling!r}, and train_sampling_strategy {strategy!r}; keep one of them"
+            )
+
+    def _check_speed(self) -> None:
+        if not self.cache_gb >= 0:
+            raise PlanError(f"cache_gb is {self.cache_gb!r}; write 0 for no cache, or a number of GB such as 10")
+        if self.frozen_precision not in FROZEN_PRECISIONS:
+            raise PlanError(
+                f"unknown frozen_precision {self.frozen_precision!r}."
+                f"{did_you_mean(self.frozen_precision, FROZEN_PRECISIONS)} There are {', '.join(FROZEN_PRECISIONS)}."
             )
 
     def _settle_gate(self) -> None:

@@ -18,6 +18,7 @@ from torchthaw.data.streams import ImageStream
 from torchthaw.data.views import ImageView
 from torchthaw.errors import PlanError
 from torchthaw.stages.plan import Stage
+from torchthaw.stages.presets import stage_augmentation
 from torchthaw.training.arguments import ThawTrainingArguments
 
 
@@ -56,21 +57,29 @@ def as_view(
     return ImageView(images, processor, augmentation, seed=seed)
 
 
-def stage_view(dataset: Any, index: int, stage: Stage) -> Any:
+def stage_view(dataset: Any, index: int, stage: Stage, args: ThawTrainingArguments) -> Any:
     """Returns the training images of a stage: with its own views, and its augmentation and image size if it has some.
 
     Raises:
         PlanError: the stage asks for them, but the data set gives tensors.
     """
     if not isinstance(dataset, ImageView | ImageStream):
-        for key in ("augmentation", "image_size"):
+        for key in ("augmentation", "image_size", "views"):
             if getattr(stage, key) is not None:
                 raise PlanError(
                     f"stage {stage.name!r} has its own {key}, but the training data set gives tensors; pass a data "
                     "set of images (load_image_dataset), or leave it out"
                 )
         return dataset
-    augmentation = dataset.augmentation if stage.augmentation is None else make_augmentation(stage.augmentation)
+    chosen = stage_augmentation(stage, args.asked_augmentation)
+    augmentation = dataset.augmentation if chosen is None else make_augmentation(chosen)
+    if isinstance(dataset, ImageView):
+        return dataset.for_stage(index, augmentation=augmentation, image_size=stage.image_size, views=stage.views)
+    if stage.views is not None:
+        raise PlanError(
+            f"stage {stage.name!r} has views: {stage.views}, but a stream is not kept, so that each pass has views of "
+            "its own; leave it out, or load the data set without streaming"
+        )
     return dataset.for_stage(index, augmentation=augmentation, image_size=stage.image_size)
 
 

@@ -26,8 +26,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     """
     with_gradient = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
-    if math.isfinite(max_norm) and torch.isfinite(norm):
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    if math.isfinite(max_norm):
+        # Decided on the device, since asking would wait for it. A norm of 0 clips nothing.
+        finite_norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, finite_norm)
     return norm
 
 

@@ -32,6 +32,7 @@ _ARGUMENTS = (
     "adam_epsilon",
     "bf16",
     "fp16",
+    "frozen_precision",
     "dataloader_drop_last",
     "load_best_model_at_end",
 )

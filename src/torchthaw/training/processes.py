@@ -51,6 +51,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def place() -> tuple[int, int]:
+    """Returns the number of this process, from 0 on, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
 def is_main() -> bool:
     """Whether this process is the first one, which writes files and decides."""
     return not is_distributed() or dist.get_rank() == 0

@@ -60,6 +60,7 @@ class Progress:
         last_grad_norm: Norm of the gradient in the last step, before clipping.
         last_learning_rate: The optimizer's first learning rate in the last step.
         last_rates: All of them, as they are logged.
+        frozen_part: How the stage's frozen part is computed; see `StageRecord`.
         fingerprints: Digests of what the stage keeps frozen.
         records: The stages that are done.
         before: What the stage can change, as it was before it.
@@ -87,6 +88,7 @@ class Progress:
     last_grad_norm: float | None = None
     last_learning_rate: float | None = None
     last_rates: dict[str, float] = field(default_factory=dict)
+    frozen_part: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     records: list[StageRecord] = field(default_factory=list)
     before: Snapshot = field(default_factory=dict)
@@ -104,6 +106,7 @@ class Progress:
         self.failures = []
         self.stage_over = None
         self.validations_without_gain = 0
+        self.frozen_part = {}
         self.candidate = None
 
     def save(self, folder: Path, identity: dict[str, Any]) -> None:

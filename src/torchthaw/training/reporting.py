@@ -105,7 +105,7 @@ class ReportingTrainer(PushingTrainer):
             measured,
             folder,
             batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=max(map(self.workers_for, measured.values()), default=0),
             seed=self.args.seed,
             collate_fn=self.data_collator,
             progress=progress,

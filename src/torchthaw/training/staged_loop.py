@@ -9,6 +9,7 @@ import dataclasses
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from torchthaw.backbones.allocator import tensors_kept_in_memory
 from torchthaw.errors import TrainingError
 from torchthaw.stages.freezing import Frozen, freeze_for_stage
 from torchthaw.stages.proof import check_unchanged, frozen_fingerprints
@@ -28,6 +30,7 @@ from torchthaw.training.callbacks import StagedCallbackHandler, StageEndCallback
 from torchthaw.training.checkpoints import prune, remove_incomplete, seal, step_of
 from torchthaw.training.completion import stage_arguments
 from torchthaw.training.datasets import length_of, stage_view
+from torchthaw.training.frozen_stages import FrozenPartTrainer
 from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.identity import identity_of
 from torchthaw.training.progress import Progress
@@ -41,12 +44,11 @@ from torchthaw.training.resume import (
     write_journal,
 )
 from torchthaw.training.stage_end import conclude
-from torchthaw.training.stage_pass import StagePassTrainer
 
 RETRY_FACTOR = 0.1
 
 
-class StagedTrainer(StagePassTrainer):
+class StagedTrainer(FrozenPartTrainer):
     """Runs the stages of a plan as one run of `Trainer`; `ThawTrainer` adds what users pass and read."""
 
     callback_handler: StagedCallbackHandler
@@ -79,7 +81,8 @@ class StagedTrainer(StagePassTrainer):
         if resume_from_checkpoint:
             wanted = resume_from_checkpoint
             resume_from_checkpoint = processes.on_main(lambda: str(self._checkpoint_to_resume(wanted)))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with tensors_kept_in_memory() if self.args.device.type == "cpu" else nullcontext():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
         checkpoint = find_checkpoint(wanted, Path(str(self.args.output_dir)))
@@ -111,6 +114,7 @@ class StagedTrainer(StagePassTrainer):
                 if record is not None and not self._move_on(record):
                     return self._finish_run(trial, started)
         finally:
+            self._slow_down()
             self.stage = None
             self.train_dataset = self._train_data
             self._take_batch_size()
@@ -177,7 +181,7 @@ class StagedTrainer(StagePassTrainer):
         progress = self._progress
         self._stage_started = time.monotonic()
         self._take_batch_size()
-        self.train_dataset = stage_view(self._train_data, progress.stage_index, self.stage)
+        self.train_dataset = stage_view(self._train_data, progress.stage_index, self.stage, self.args)
         # Mixed precision wraps `forward` in place; unwrapped and unmarked, it gets one wrap a stage.
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         vars(self.model).pop("_is_accelerate_prepared", None)
@@ -191,6 +195,9 @@ class StagedTrainer(StagePassTrainer):
             progress.before = take_snapshot(self.model, self._live_names)
             progress.fingerprints = frozen_fingerprints(self.model)
         self._prepare_checks()
+        self._start_clock()
+        if not self._is_border():
+            self._speed_up()
         self.control.should_training_stop = self.control.should_epoch_stop = False
         self.callback_handler.stage = self.stage
         self._name_stage()
@@ -199,6 +206,7 @@ class StagedTrainer(StagePassTrainer):
         """Proves, decides and records; the model then holds the weights that the run goes on from."""
         assert self.stage is not None
         progress, stage = self._progress, self.stage
+        self._slow_down()
         processes.share_buffers(self.model)
         # First, so that all processes go on or none does.
         processes.check_equal_on_all(all_tensors(self.model), f"at the end of stage {stage.name!r}")
@@ -211,6 +219,7 @@ class StagedTrainer(StagePassTrainer):
             progress, self.args, self.model, stage, self._frozen, self.state,
             failure=failure, seconds=seconds, num_images=length_of(self._train_data),
             images_per_step=self.get_total_train_batch_size(self.args), metric=self._metric_name(),
+            clock=self._clock,
         )  # fmt: skip
         self._name_best()
         self._write_journal(finished=False)

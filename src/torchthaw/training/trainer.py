@@ -110,7 +110,7 @@ class ThawTrainer(BalancedTrainer):
         self._given_data = self.train_dataset
         self.train_dataset = self._train_data = self._as_view(self._given_data, train=True)
         for index, stage in enumerate(self.plan.stages):
-            stage_view(self._train_data, index, stage)
+            stage_view(self._train_data, index, stage, self.args)
         self._settle_balance()
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._as_view(data, train=False) for name, data in self.eval_dataset.items()}

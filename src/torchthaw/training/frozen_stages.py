@@ -1,0 +1,227 @@
+"""Stages that compute their frozen part once, or at least fast, instead of as a part of every step.
+
+The methods of `Trainer` that are overridden here were read in transformers 5.23 and are tested with 5.10.1 too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from torchthaw.backbones.borders import Border, find_border
+from torchthaw.backbones.folding import FastForm, put_on_fast_form
+from torchthaw.backbones.precision import frozen_dtype
+from torchthaw.data.caches.images import with_cached_images
+from torchthaw.data.caches.location import default_cache_folder
+from torchthaw.data.caches.store import ArrayStore
+from torchthaw.data.views import ImageView, collate
+from torchthaw.data.workers import suggest_workers
+from torchthaw.stages.plan import Stage
+from torchthaw.training import processes
+from torchthaw.training.frozen_part import BORDER_VALUES, BorderRows, FrozenPart, border_rows
+from torchthaw.training.stage_pass import StagePassTrainer
+
+# Below as many pixels through the frozen part in a stage, choosing a precision costs more than it can gain.
+_WORTH_MEASURING = 4_000_000
+_PROBED = 16
+# The rest is left for features.
+_SHARE_OF_PICTURES = 0.5
+_DEFAULT_SIZE = 224
+
+
+class FrozenPartTrainer(StagePassTrainer):
+    """Splits each stage's model at the border of its frozen part, and puts the whole on its fast form."""
+
+    _form: FastForm | None = None
+    _part: FrozenPart | None = None
+    _store: ArrayStore | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # By a view's identity; the view itself keeps that from being given to another.
+        self._rows: dict[int, tuple[ImageView, BorderRows | None]] = {}
+        self._pictures: dict[int, tuple[ImageView, ImageView]] = {}
+        super().__init__(*args, **kwargs)
+
+    # At a stage's start and end
+
+    def _speed_up(self) -> None:
+        """Begins to use what the stage keeps frozen; call it when the model is frozen, in training mode."""
+        assert self.stage is not None
+        if self.args.torch_compile or self.args.n_gpu > 1:
+            # Compiled models and DataParallel's replicas are made of the modules' own code.
+            return
+        self._form = put_on_fast_form(self.model)
+        self._find_part()
+        rows = self._rows_of(self.train_dataset, "train")
+        self.train_dataset = self._with_pictures(self.train_dataset) if rows is None else rows
+
+    def _find_part(self) -> None:
+        assert self.stage is not None
+        border = find_border(self.model, self.stage.live_groups(list(self.model.layer_groups())), self._probe(2))
+        if border is None:
+            return
+        self._part = FrozenPart(border, self._choose_dtype(border, self.stage), dict(self._progress.fingerprints))
+        self._progress.frozen_part = {"border": border.path, "dtype": _name(self._part.dtype), "cached": []}
+
+    def _slow_down(self) -> None:
+        """Ends it, so that the model is what it was."""
+        self._part = None
+        self._rows = {}
+        if self._form is not None:
+            self._form.remove()
+            self._form = None
+
+    def _probe(self, number: int) -> torch.Tensor:
+        """Returns images like those of the stage, or noise of their size where they cannot be had without a loss."""
+        data = self.train_dataset
+        if isinstance(data, ImageView):
+            images = [data[row % len(data)]["pixel_values"] for row in range(number)]
+            return torch.stack(images).to(self.args.device)
+        size = self.model.config.image_size or _DEFAULT_SIZE
+        noise = torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return noise.to(self.args.device)
+
+    def _choose_dtype(self, border: Border, stage: Stage) -> torch.dtype:
+        own = next(self.model.parameters()).dtype
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        if self.args.frozen_precision != "auto" or own != torch.float32:
+            return torch.bfloat16 if self.args.frozen_precision == "bfloat16" else own
+        # On resume, as it was chosen before.
+        chosen = self._progress.frozen_part.get("dtype")
+        if chosen is None:
+            chosen = processes.on_main(lambda: _name(self._measured_dtype(border, stage)))
+        return cast(torch.dtype, getattr(torch, chosen))
+
+    def _measured_dtype(self, border: Border, stage: Stage) -> torch.dtype:
+        data = self.train_dataset
+        if not isinstance(data, ImageView):
+            return torch.float32
+        side = data.processor.crop_size["height"]
+        passes = 1 if _fixed_views(data) is not None else stage.epochs or 1
+        if len(data) * passes * side**2 < _WORTH_MEASURING:
+            return torch.float32
+        key = {"architecture": self.model.config.architecture, "border": border.path, "side": str(side)}
+        return frozen_dtype(border.prefix, self._probe(_PROBED), key=key, folder=default_cache_folder()).dtype
+
+    def _cache(self) -> ArrayStore | None:
+        if self._store is None and self.args.cache_gb > 0:
+            self._store = ArrayStore(budget_gb=self.args.cache_gb)
+        return self._store
+
+    # Values at the border in place of images
+
+    def _rows_of(self, dataset: Any, split: str) -> BorderRows | None:
+        """Returns what the frozen part gives for all images of a view that shows them alike each epoch."""
+        if self._part is None or not isinstance(dataset, ImageView) or self.data_collator is not collate:
+            return None
+        views = _fixed_views(dataset)
+        if views is None:
+            return None
+        if id(dataset) not in self._rows:
+            larger = 4 if self.args.device.type == "cuda" else 1
+            images = self._with_pictures(dataset) if split == "validation" else dataset
+            rows = border_rows(
+                self._part, images, views=views, store=self._cache(),
+                batch_size=larger * self.args.per_device_eval_batch_size, num_workers=self.workers_for(images),
+            )  # fmt: skip
+            self._rows[id(dataset)] = (dataset, rows)
+            cached = self._progress.frozen_part["cached"]
+            if rows is not None and split not in cached:
+                cached.append(split)
+        return self._rows[id(dataset)][1]
+
+    def _with_pictures(self, dataset: Any) -> Any:
+        """Returns a view with its decoded pictures kept for later epochs and stages; anything else as it is."""
+        if not isinstance(dataset, ImageView) or self._cache() is None:
+            return dataset
+        if id(dataset) not in self._pictures:
+            kept = with_cached_images(dataset, self._cache(), share=_SHARE_OF_PICTURES)
+            self._pictures[id(dataset)] = (dataset, kept)
+        return self._pictures[id(dataset)][1]
+
+    # Loaders
+
+    def workers_for(self, dataset: Any) -> int:
+        """Returns the number of processes that load a data set beside this one."""
+        if isinstance(dataset, BorderRows):
+            return 0
+        given = self.args.dataloader_num_workers
+        return suggest_workers(dataset, self.args.device) if given is None else given
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Makes the loader of the stage's training data."""
+        with self._workers(self.train_dataset):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Makes the loader of a validation set; within a stage it gives what the frozen part makes of the images."""
+        chosen: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(chosen, str):
+            chosen = cast(dict[str, Any], self.eval_dataset)[chosen]
+        rows = self._rows_of(chosen, "validation")
+        if rows is not None:
+            chosen = rows
+        elif self.stage is not None:
+            chosen = self._with_pictures(chosen)
+        with self._workers(chosen):
+            return super().get_eval_dataloader(chosen)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """Makes the loader of images to predict."""
+        with self._workers(test_dataset):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _workers(self, dataset: Any) -> Iterator[None]:
+        """Lets the number of workers for a data set stand in the arguments, and what goes with none."""
+        names = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor")
+        before = {name: getattr(self.args, name) for name in names}
+        number = self.workers_for(dataset)
+        try:
+            self.args.dataloader_num_workers = number
+            if number == 0:
+                self.args.dataloader_persistent_workers, self.args.dataloader_prefetch_factor = False, None
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self.args, name, value)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._part is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        inputs = self._at_border(inputs)
+        with self._part.border.resumed():
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._part is None or ("pixel_values" not in inputs and BORDER_VALUES not in inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._at_border(inputs)
+        with self._part.border.resumed():
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _at_border(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch in which values at the border stand as `pixel_values`."""
+        assert self._part is not None
+        inputs = self._prepare_inputs(dict(inputs))
+        values = inputs.pop(BORDER_VALUES, None)
+        if values is None:
+            values = self._part(inputs["pixel_values"])
+        return {**inputs, "pixel_values": values}
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Returns the floating point operations of a batch, as `Trainer` guesses them; 0 for values at a border."""
+        return 0 if BORDER_VALUES in inputs else super().floating_point_ops(inputs)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fixed_views(view: ImageView) -> int | None:
+    """Returns how many views of each image a stage goes through; None if each epoch has its own."""
+    return 1 if view.augmentation is None else view.views
