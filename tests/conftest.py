@@ -1,12 +1,8 @@
 """Fixtures shared by all tests: no network, images drawn on the spot, real data where it is at hand."""
 
 import os
-import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Nothing that was cached before these tests may decide what they see.
-_CACHE = tempfile.TemporaryDirectory(prefix="torchthaw-cache-", ignore_cleanup_errors=True)
-os.environ["TORCHTHAW_CACHE"] = _CACHE.name
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each test process has its core; threads of several would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +24,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lets nothing that was cached before these tests decide what they see."""
+    os.environ["TORCHTHAW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -116,10 +116,7 @@ def without_timings(entries):
 
 
 def decisions(report):
-    return [
-        {key: value for key, value in record.items() if key not in TIMED}
-        for record in report["records"]
-    ]
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in report["records"]]
 
 
 def assert_close(some, others, tolerance):

@@ -10,7 +10,8 @@ from functools import cache
 # From glibc's malloc.h, with the values that it starts from.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
-_LARGEST = 2**31 - 1
+# Also of more than fits into the C int that mallopt takes.
+_NEVER = -1
 # Who sets these has chosen.
 _SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -34,7 +35,7 @@ def tensors_kept_in_memory() -> Iterator[None]:
     _nested += 1
     try:
         mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, _NEVER)
         yield
     finally:
         _nested -= 1

@@ -26,7 +26,7 @@ from torchthaw.training.stage_pass import StagePassTrainer
 
 # Below as many pixels through the frozen part in a stage, choosing a precision costs more than it can gain.
 _WORTH_MEASURING = 4_000_000
-_PROBED = 16
+_PROBED = 8
 # The rest is left for features.
 _SHARE_OF_PICTURES = 0.5
 _DEFAULT_SIZE = 224
@@ -123,7 +123,7 @@ class FrozenPartTrainer(StagePassTrainer):
             return None
         if id(dataset) not in self._rows:
             larger = 4 if self.args.device.type == "cuda" else 1
-            images = self._with_pictures(dataset) if split == "validation" else dataset
+            images = self._with_pictures(dataset)
             rows = border_rows(
                 self._part, images, views=views, store=self._cache(),
                 batch_size=larger * self.args.per_device_eval_batch_size, num_workers=self.workers_for(images),

@@ -6,6 +6,7 @@ are kept. The private methods that are overridden were read in transformers 5.23
 """
 
 import dataclasses
+import gc
 import math
 import shutil
 import time
@@ -81,8 +82,14 @@ class StagedTrainer(FrozenPartTrainer):
         if resume_from_checkpoint:
             wanted = resume_from_checkpoint
             resume_from_checkpoint = processes.on_main(lambda: str(self._checkpoint_to_resume(wanted)))
-        with tensors_kept_in_memory() if self.args.device.type == "cpu" else nullcontext():
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        kept = tensors_kept_in_memory() if self.args.device.type == "cpu" else nullcontext()
+        # Each stage begins with a collection of garbage, which need not look through all that was imported.
+        gc.freeze()
+        try:
+            with kept:
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            gc.unfreeze()
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
         checkpoint = find_checkpoint(wanted, Path(str(self.args.output_dir)))
