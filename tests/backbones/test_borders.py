@@ -95,6 +95,18 @@ def test_the_model_is_as_before_after_the_cut():
         model(pixel_values=torch.randn(2, 1280))
 
 
+def test_a_probe_is_nothing_that_hooks_on_live_layers_see():
+    model = model_of("resnet18", 32)
+    freeze(model, ["head"])
+    seen = []
+    model.backbone.fc.register_forward_hook(lambda *_: seen.append(1))
+    border = find_border(model, ["head"], torch.randn(2, 3, 32, 32))
+    assert not seen
+    with border.resumed():
+        model(pixel_values=torch.randn(2, 512))
+    assert seen == [1]
+
+
 def test_values_in_a_smaller_type_are_computed_with_in_the_models_own():
     model = model_of("shufflenet_v2_x0_5", 32)
     freeze(model, ["head"])

@@ -52,8 +52,8 @@ class Part:
     ("gain", "difference", "dtype"),
     [
         (2.0, 0.0, torch.bfloat16),
-        (2.0, 0.015, torch.bfloat16),
-        (2.0, 0.025, torch.float32),
+        (2.0, 0.045, torch.bfloat16),
+        (2.0, 0.055, torch.float32),
         (2.0, float("nan"), torch.float32),
         (1.05, 0.0, torch.float32),
         (0.5, 0.0, torch.float32),
@@ -66,7 +66,7 @@ def test_it_must_be_faster_and_near(gain, difference, dtype):
     assert result.gain == pytest.approx(gain)
     assert result.difference == pytest.approx(difference, abs=1e-6, nan_ok=True)
     assert f"{result.gain:.2f} times as fast" in result.why
-    assert ("at most 2%" in result.why) == (not difference <= LARGEST_DIFFERENCE)
+    assert ("at most 5%" in result.why) == (not difference <= LARGEST_DIFFERENCE)
     assert ("at least 1.2 times" in result.why) == (gain < SMALLEST_GAIN)
 
 

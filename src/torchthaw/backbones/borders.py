@@ -143,11 +143,14 @@ def find_border(
     if not all(path.startswith(prefix) for path in before) or any(_is_watched(model, path) for path in before):
         return None
     path = start.removeprefix(prefix)
-    if not before or not _is_still_before(model, path, pixel_values):
+    if not before:
         return None
-    shape = tuple(_run_up_to(model.backbone, path, pixel_values).shape[1:])
-    border = Border(model, path, tuple(name.removeprefix(prefix) for name in before), shape)
-    return border if _gives_the_same(border, pixel_values) else None
+    with _without_hooks(model):
+        if not _is_still_before(model, path, pixel_values):
+            return None
+        shape = tuple(_run_up_to(model.backbone, path, pixel_values).shape[1:])
+        border = Border(model, path, tuple(name.removeprefix(prefix) for name in before), shape)
+        return border if _gives_the_same(border, pixel_values) else None
 
 
 class _ReachedError(Exception):
@@ -156,6 +159,7 @@ class _ReachedError(Exception):
         self.value = value
 
 
+@torch.no_grad()
 def _run_up_to(backbone: nn.Module, path: str, pixel_values: torch.Tensor) -> torch.Tensor:
     def stop(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         raise _ReachedError(inputs[0])
@@ -187,6 +191,20 @@ def _has_state(module: nn.Module) -> bool:
 
 def _is_watched(model: nn.Module, path: str) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks for part in model.get_submodule(path).modules())
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """While this lasts, nobody's hooks are called: those on live layers have nothing to do with a probe."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    own = [(vars(module), {name: vars(module)[name] for name in names}) for module in model.modules()]
+    try:
+        for attributes, hooks in own:
+            attributes.update({name: type(kept)() for name, kept in hooks.items()})
+        yield
+    finally:
+        for attributes, hooks in own:
+            attributes.update(hooks)
 
 
 @torch.no_grad()

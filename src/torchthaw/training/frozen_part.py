@@ -175,7 +175,7 @@ def _key(part: FrozenPart, view: ImageView, views: int, kind: torch.dtype, batch
     random = None
     if view.augmentation is not None:
         random = {**view.augmentation.to_dict(), "seed": view.seed, "stage": view.stage, "views": views}
-    weights = json.dumps(dict(part.weights), sort_keys=True)
+    model = part.border.model
     return {
         "kind": "border",
         "images": _digest("\n".join(image_digests(view.dataset))),
@@ -183,15 +183,22 @@ def _key(part: FrozenPart, view: ImageView, views: int, kind: torch.dtype, batch
         # Where the code of a saved processor lies changes nothing.
         "processor": {name: value for name, value in view.processor.to_dict().items() if name != "auto_map"},
         "augmentation": random,
-        "architecture": part.border.model.config.architecture,
+        "architecture": model.config.architecture,
+        "transform_input": model.config.transform_input,
         "border": part.border.path,
-        "weights": _digest(weights),
+        "weights": digest_of_weights(part.weights),
+        "computed_in": str(part.dtype),
         "dtype": str(kind),
-        "device": next(part.border.model.parameters()).device.type,
+        "device": next(model.parameters()).device.type,
         # Sums are taken in another order with other sizes.
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
     }
+
+
+def digest_of_weights(fingerprints: Mapping[str, str]) -> str:
+    """Returns a digest of frozen tensors, by the digest of each."""
+    return _digest(json.dumps(dict(fingerprints), sort_keys=True))
 
 
 def _digest(text: str) -> str:

@@ -21,7 +21,7 @@ from torchthaw.data.views import ImageView, collate
 from torchthaw.data.workers import suggest_workers
 from torchthaw.stages.plan import Stage
 from torchthaw.training import processes
-from torchthaw.training.frozen_part import BORDER_VALUES, BorderRows, FrozenPart, border_rows
+from torchthaw.training.frozen_part import BORDER_VALUES, BorderRows, FrozenPart, border_rows, digest_of_weights
 from torchthaw.training.stage_pass import StagePassTrainer
 
 # Below as many pixels through the frozen part in a stage, choosing a precision costs more than it can gain.
@@ -64,7 +64,9 @@ class FrozenPartTrainer(StagePassTrainer):
         if border is None:
             return
         self._part = FrozenPart(border, self._choose_dtype(border, self.stage), dict(self._progress.fingerprints))
-        self._progress.frozen_part = {"border": border.path, "dtype": _name(self._part.dtype), "cached": []}
+        # On resume, what was cached before the interruption may not be needed any more.
+        cached = self._progress.frozen_part.get("cached", [])
+        self._progress.frozen_part = {"border": border.path, "dtype": _name(self._part.dtype), "cached": cached}
 
     def _slow_down(self) -> None:
         """Ends it, so that the model is what it was."""
@@ -104,7 +106,12 @@ class FrozenPartTrainer(StagePassTrainer):
         passes = 1 if _fixed_views(data) is not None else stage.epochs or 1
         if len(data) * passes * side**2 < _WORTH_MEASURING:
             return torch.float32
-        key = {"architecture": self.model.config.architecture, "border": border.path, "side": str(side)}
+        key = {
+            "architecture": self.model.config.architecture,
+            "border": border.path,
+            "side": str(side),
+            "weights": digest_of_weights(self._progress.fingerprints),
+        }
         return frozen_dtype(border.prefix, self._probe(_PROBED), key=key, folder=default_cache_folder()).dtype
 
     def _cache(self) -> ArrayStore | None:
