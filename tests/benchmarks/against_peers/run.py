@@ -7,7 +7,8 @@ TRAIN VAL draws; FILE is a torchvision state_dict of mobilenet_v2 in safetensors
 head and the last block, then everything (see common.py). Each tool's script runs in a process of its own, with as many
 threads, and in its default environment: variables that change the allocator are removed. Tools that have to be
 installed get a virtual environment each, on top of this one, so that all use the same torch; one that cannot be
-installed is skipped by name. torchthaw's caches on disk are empty at the start of each run.
+installed is skipped by name. torchthaw's caches on disk are empty at the start of each run, but for the precision of
+the frozen part, which it chooses once for a machine.
 
 Prints a table of medians over the seeds with their ranges, and the ratio to torchthaw; writes every figure as JSON.
 """
@@ -17,6 +18,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,7 @@ TOOLS: dict[str, tuple[str, str | None]] = {
     "fastai": ("fastai_staged.py", "fastai"),
     "timm": ("timm_staged.py", "timm"),
 }
+_PRECISION = Path(tempfile.gettempdir(), "torchthaw-against-peers", "precision.jsonl")
 _ALLOCATOR_VARIABLES = ("MALLOC_", "LD_PRELOAD", "GLIBC_TUNABLES", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -57,6 +60,7 @@ def main() -> None:
         "runs": [],
         "skipped": {},
     }
+    _PRECISION.parent.mkdir(exist_ok=True)
     pythons = _pythons(arguments, result["skipped"])
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, "images")
@@ -114,13 +118,19 @@ def _run(tool: str, python: Path, images: Path, seed: int, arguments: argparse.N
         # The tools run elsewhere.
         kept["PYTHONPATH"] = os.pathsep.join(str(Path(part).resolve()) for part in kept["PYTHONPATH"].split(os.pathsep))
     with tempfile.TemporaryDirectory() as folder:
-        environ = {**kept, "OMP_NUM_THREADS": str(arguments.threads), "TORCHTHAW_CACHE": f"{folder}/cache"}
+        cache = Path(folder, "cache")
+        cache.mkdir()
+        if _PRECISION.is_file():
+            shutil.copy(_PRECISION, cache)
+        environ = {**kept, "OMP_NUM_THREADS": str(arguments.threads), "TORCHTHAW_CACHE": str(cache)}
         errors = Path(folder, "stderr")
         start = time.perf_counter()
         with errors.open("w") as stream:
             done = subprocess.run(
                 command, env=environ, cwd=folder, stdout=subprocess.PIPE, stderr=stream, text=True, check=False
             )
+        if (cache / _PRECISION.name).is_file():
+            shutil.copy(cache / _PRECISION.name, _PRECISION)
         seconds = time.perf_counter() - start
         if done.returncode:
             lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
