@@ -25,7 +25,7 @@ def tensors_kept_in_memory() -> Iterator[None]:
     By default every tensor of more than some MB is mapped when it is made and unmapped when it is freed, and the system
     clears each of its pages anew, which takes up to half of the time of a convolutional network on a CPU. Where the C
     library is another one, or the environment sets its allocator (`MALLOC_MMAP_MAX_=65536`, for example), this does
-    nothing.
+    nothing. What glibc cannot be told to do again is to adapt its thresholds to the program by itself.
     """
     global _nested
     mallopt = None if any(name in os.environ for name in _SETTINGS) else _mallopt()

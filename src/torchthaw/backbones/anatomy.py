@@ -374,7 +374,7 @@ def check_image_size(architecture: str, image_size: int) -> None:
             f"{architecture} takes images whose side is a multiple of {multiple} pixels (its patches or windows), "
             f"and image_size is {image_size}. Write image_size={near}."
         )
-    minimum = _smallest_image(architecture)
+    minimum = smallest_image(architecture)
     if image_size < minimum:
         raise ValueError(
             f"{architecture} needs images of at least {minimum} pixels, and image_size is {image_size}. "
@@ -382,7 +382,8 @@ def check_image_size(architecture: str, image_size: int) -> None:
         )
 
 
-def _smallest_image(architecture: str) -> int:
+def smallest_image(architecture: str) -> int:
+    """Returns the side in pixels of the smallest square image that a network takes."""
     family = family_of(architecture)
     if family.fixed_size:
         return family.multiple or patch_size(architecture)

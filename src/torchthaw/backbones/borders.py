@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
 from .anatomy import HEAD, family_of
+from .conv_norm_pairs import without_hooks
 from .modeling import TorchvisionForImageClassification
 
 # What a probe of the cut may differ by, relative to the largest logit: sums of another order, no other network.
@@ -145,7 +146,8 @@ def find_border(
     path = start.removeprefix(prefix)
     if not before:
         return None
-    with _without_hooks(model):
+    # Hooks on live layers have nothing to do with a probe.
+    with without_hooks(model):
         if not _is_still_before(model, path, pixel_values):
             return None
         shape = tuple(_run_up_to(model.backbone, path, pixel_values).shape[1:])
@@ -191,20 +193,6 @@ def _has_state(module: nn.Module) -> bool:
 
 def _is_watched(model: nn.Module, path: str) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks for part in model.get_submodule(path).modules())
-
-
-@contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """While this lasts, nobody's hooks are called: those on live layers have nothing to do with a probe."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    own = [(vars(module), {name: vars(module)[name] for name in names}) for module in model.modules()]
-    try:
-        for attributes, hooks in own:
-            attributes.update({name: type(kept)() for name, kept in hooks.items()})
-        yield
-    finally:
-        for attributes, hooks in own:
-            attributes.update(hooks)
 
 
 @torch.no_grad()

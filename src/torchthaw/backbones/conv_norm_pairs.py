@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .anatomy import _smallest_image, family_of
+from .anatomy import family_of, smallest_image
 from .modeling import TorchvisionPreTrainedModel
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -95,7 +95,7 @@ def find_pairs(model: TorchvisionPreTrainedModel) -> list[Pair]:
         if found is not None and _same(found, module, output):
             candidates.append((found, module))
 
-    with _without_hooks(model.backbone), _everything_in_eval_mode(model.backbone):
+    with without_hooks(model.backbone), _everything_in_eval_mode(model.backbone):
         for convolution in convolutions:
             convolution.register_forward_hook(after_convolution)
         for norm in norms:
@@ -163,7 +163,7 @@ def _same(found: _Output, norm: nn.BatchNorm2d, output: torch.Tensor) -> bool:
 def _probe(model: TorchvisionPreTrainedModel) -> torch.Tensor:
     config = model.config
     family = family_of(config.architecture)
-    size = max(_smallest_image(config.architecture), _SMALLEST_PROBE)
+    size = max(smallest_image(config.architecture), _SMALLEST_PROBE)
     if family.fixed_size:
         size = config.image_size or 224
     elif config.aux_logits:
@@ -174,7 +174,7 @@ def _probe(model: TorchvisionPreTrainedModel) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _without_hooks(root: nn.Module) -> Iterator[None]:
+def without_hooks(root: nn.Module) -> Iterator[None]:
     """While this lasts, the modules have no hooks; what is registered meanwhile is gone after it."""
     own = {module: {name: vars(module)[name] for name in HOOKS} for module in root.modules()}
     try:

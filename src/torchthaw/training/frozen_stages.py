@@ -71,7 +71,7 @@ class FrozenPartTrainer(StagePassTrainer):
     def _slow_down(self) -> None:
         """Ends it, so that the model is what it was."""
         self._part = None
-        self._rows = {}
+        self._rows, self._pictures = {}, {}
         if self._form is not None:
             self._form.remove()
             self._form = None
@@ -160,8 +160,8 @@ class FrozenPartTrainer(StagePassTrainer):
         return suggest_workers(dataset, self.args.device) if given is None else given
 
     def get_train_dataloader(self) -> DataLoader:
-        """Makes the loader of the stage's training data."""
-        with self._workers(self.train_dataset):
+        """Makes the loader of the stage's training data; between stages, where lengths are counted, without workers."""
+        with self._workers(self.train_dataset if self.stage is not None else None):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:

@@ -84,12 +84,16 @@ class StagedTrainer(FrozenPartTrainer):
             resume_from_checkpoint = processes.on_main(lambda: str(self._checkpoint_to_resume(wanted)))
         kept = tensors_kept_in_memory() if self.args.device.type == "cpu" else nullcontext()
         # Each stage begins with a collection of garbage, which need not look through all that was imported.
-        gc.freeze()
+        # Who froze objects before keeps them frozen.
+        freezes = gc.get_freeze_count() == 0
+        if freezes:
+            gc.freeze()
         try:
             with kept:
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
-            gc.unfreeze()
+            if freezes:
+                gc.unfreeze()
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
         checkpoint = find_checkpoint(wanted, Path(str(self.args.output_dir)))
