@@ -102,6 +102,7 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path, validates: 
             dataloader_num_workers=None if recipe.num_workers == "auto" else recipe.num_workers,
             cache_gb=recipe.cache_gb,
             frozen_precision=recipe.frozen_precision,
+            live_precision=recipe.live_precision,
             seed=recipe.seed,
             # Without being told, accelerate leaves several processes on CPUs to themselves.
             use_cpu=best_device().type == "cpu",

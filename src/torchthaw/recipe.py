@@ -128,6 +128,8 @@ class Recipe(_Section):
         cache_gb: Most that cached images and features may take on the disk, in GB; 0 caches nothing.
         frozen_precision: What frozen layers are computed in: `float32`, `bfloat16`, or `auto`, which takes bfloat16
             where it is faster on this machine and gives the same features.
+        live_precision: What the part of the network that trains is computed in, likewise, where gradients are the
+            same up to rounding. Weights stay in float32.
         seed: Seed of everything random.
         output: Folder of the results.
         card: What the model card says that no run can know: license, intended use ...; see `CardOptions`.
@@ -167,6 +169,7 @@ class Recipe(_Section):
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     cache_gb: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     frozen_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    live_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = Field(default=0, ge=0)
     output: str | None = None
     card: CardOptions = CardOptions()

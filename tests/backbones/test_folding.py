@@ -202,7 +202,8 @@ def test_autocast_is_as_near_as_without_the_form():
         exact_logits = logits(model, pixels)
         with torch.autocast("cpu", torch.bfloat16):
             result = logits(model, pixels)
-        assert result.dtype == torch.bfloat16
+        # The form leaves the head in the type of its weights.
+        assert result.dtype == (torch.float32 if fast else torch.bfloat16)
         errors[fast] = (
             relative(result.float(), exact_logits),
             relative(gradient(model, pixels, labels, autocast=True), exact),

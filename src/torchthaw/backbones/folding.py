@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .anatomy import family_of
-from .conv_norm_pairs import HOOKS, apply_scale, find_pairs, scale_and_shift
+from .conv_norm_pairs import HOOKS, apply_scale, find_pairs, is_plain, scale_and_shift
+from .depthwise import convolve
 from .modeling import TorchvisionPreTrainedModel
 
 Value = TypeVar("Value")
@@ -42,6 +43,8 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
       others in evaluation only. Weights that a gradient is asked for are folded in each pass, all others once, and
       again when they have changed.
     - Images go in channels_last where that is faster (see `prefers_channels_last`); parameters keep their layout.
+    - Under autocast the final layer computes in the type of its weights: it costs next to nothing, and logits rounded
+      to bfloat16 would tie. Depthwise convolutions get gradients that are fast in bfloat16 too (see `convolve`).
 
     What the form adds lies in the modules as their own `forward`: nothing in state_dict or in what is saved, and
     copies of the model wear a form of their own. A convolution or norm with hooks, a parametrization, or a class or
@@ -59,6 +62,9 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
         vars(convolution)["forward"] = forward
         vars(norm)["forward"] = _FoldedNorm(forward)
         folded += norm in held and not _asks_gradient(norm)
+    final = model.backbone.get_submodule(family_of(model.config.architecture).final_layer)
+    if any(is_plain(final, kind) for kind in (nn.Linear, nn.Conv2d)):
+        vars(final)["forward"] = _FinalLayer(final)
     if prefers_channels_last(model.config.architecture):
         model.backbone.register_forward_pre_hook(_to_channels_last)
     return FastForm(model, folded)
@@ -67,7 +73,7 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
 def take_off_fast_form(model: TorchvisionPreTrainedModel) -> None:
     """Takes off the fast form that a model wears, if any; also that of a copy, which has no `FastForm` of its own."""
     for module in model.backbone.modules():
-        if isinstance(vars(module).get("forward"), _FoldedConvolution | _FoldedNorm):
+        if isinstance(vars(module).get("forward"), _FoldedConvolution | _FoldedNorm | _FinalLayer):
             del vars(module)["forward"]
     hooks = model.backbone._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _to_channels_last]:
@@ -126,7 +132,26 @@ class _FoldedConvolution:
         dtype = _computing_dtype(convolution)
 
         weight, bias = self.kernel.get(sources, lambda: apply_scale(convolution, *scaling, dtype), dtype)
-        return convolution._conv_forward(images, weight, bias)
+        return convolve(convolution, images, weight, bias)
+
+    def _unfolded(self, images: torch.Tensor) -> torch.Tensor:
+        convolution, dtype = self.convolution, _computing_dtype(self.convolution)
+        if dtype == convolution.weight.dtype:
+            return type(convolution).forward(convolution, images)
+        bias = None if convolution.bias is None else convolution.bias.to(dtype)
+        return convolve(convolution, images, convolution.weight.to(dtype), bias)
+
+
+class _FinalLayer:
+    """The forward of the final layer, which autocast does not round."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        dtype = next(self.layer.parameters()).dtype
+        with torch.autocast(features.device.type, enabled=False):
+            return type(self.layer).forward(self.layer, features.to(dtype))
 
 
 class _FoldedNorm:

@@ -1,10 +1,11 @@
-"""Chooses what the frozen part of a network is computed in, by a measurement that is made once on a machine."""
+"""Chooses what a part of a network is computed in, by a measurement that is made once on a machine."""
 
 import contextlib
 import json
 import os
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +14,17 @@ from time import perf_counter
 import torch
 
 Run = Callable[[torch.Tensor], torch.Tensor]
+# Does something with its forward pass in the context that it gets.
+Work = Callable[[AbstractContextManager[object]], torch.Tensor]
 
 SMALLEST_GAIN = 1.2
 """How many times as fast bfloat16 must be to be chosen."""
 
 LARGEST_DIFFERENCE = 0.05
-"""How far bfloat16 may take the outputs from those of float32: `||a - b|| / ||a||`."""
+"""How far bfloat16 may take the outputs of a frozen part from those of float32: `||a - b|| / ||a||`."""
+
+LARGEST_GRADIENT_DIFFERENCE = 0.3
+"""How far it may take the gradient of all that trains, likewise: at 0.3 the two directions are 17 degrees apart."""
 
 _REPETITIONS = 3
 _FILE = "precision.jsonl"
@@ -31,7 +37,8 @@ class Precision:
     Attributes:
         dtype: `torch.bfloat16` (by autocast) or `torch.float32`.
         gain: Time in float32 over time in bfloat16; 1 where it was not measured.
-        difference: `||a - b|| / ||a||` of the outputs in float32 (a) and bfloat16 (b); 0 where it was not measured.
+        difference: `||a - b|| / ||a||` of the outputs, or gradients, in float32 (a) and bfloat16 (b); 0 where it was
+            not measured.
         why: The reason in words.
     """
 
@@ -55,14 +62,44 @@ def frozen_dtype(run: Run, pixels: torch.Tensor, *, key: Mapping[str, str], fold
         folder: Where decisions are remembered, made if need be. Several processes may use it at the same time. None,
             or a folder that cannot be written to: the decision is for this time only.
     """
-    device = pixels.device
+
+    @torch.no_grad()
+    def work(context: AbstractContextManager[object]) -> torch.Tensor:
+        with context:
+            return run(pixels)
+
+    return _decide(work, work, LARGEST_DIFFERENCE, pixels.device, key=key, folder=folder)
+
+
+def live_dtype(
+    step: Work, gradient: Work, device: torch.device, *, key: Mapping[str, str], folder: Path | None
+) -> Precision:
+    """Decides whether what trains of a network is computed in bfloat16, by autocast; weights stay as they are.
+
+    It is where the device has bfloat16 instructions, a step is at least `SMALLEST_GAIN` times as fast with them, and
+    gradients differ by `LARGEST_GRADIENT_DIFFERENCE` at most. Remembered as by `frozen_dtype`.
+
+    Args:
+        step: Runs forward and backward as in training; its result is not looked at.
+        gradient: Does so without anything random, and returns the gradient, (parameters,). Both get the context for
+            the forward pass alone, run a few times, and leave no trace.
+        device: The device.
+        key: What the decision depends on: network, what trains of it, image size.
+        folder: Where decisions are remembered; see `frozen_dtype`.
+    """
+    return _decide(step, gradient, LARGEST_GRADIENT_DIFFERENCE, device, key=key, folder=folder)
+
+
+def _decide(
+    timed: Work, compared: Work, tolerance: float, device: torch.device, *, key: Mapping[str, str], folder: Path | None
+) -> Precision:
     if not has_bfloat16(device):
         return Precision(torch.float32, 1.0, 0.0, f"{_device_name(device)} has no bfloat16 instructions")
     name = json.dumps({**key, "device": _device_name(device), "torch": torch.__version__}, sort_keys=True)
     remembered = _remembered(folder, name)
     if remembered is not None:
         return remembered
-    measured = _measured(run, pixels)
+    measured = _measured(timed, compared, tolerance, device)
     _remember(folder, name, measured)
     # Another process may have been first.
     return _remembered(folder, name) or measured
@@ -79,33 +116,35 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(check is not None and check() for check in checks)
 
 
-@torch.no_grad()
-def _measured(run: Run, pixels: torch.Tensor) -> Precision:
-    exact, fast = _output(run, pixels, bfloat16=False), _output(run, pixels, bfloat16=True)
-    difference = float((exact.double() - fast.double()).norm() / exact.double().norm())
+def _measured(timed: Work, compared: Work, tolerance: float, device: torch.device) -> Precision:
+    exact, fast = (compared(_precision(device, bfloat16=bfloat16)).double() for bfloat16 in (False, True))
+    difference = float((exact - fast).norm() / exact.norm())
+    if timed is not compared:
+        # The first time costs more.
+        for bfloat16 in (False, True):
+            timed(_precision(device, bfloat16=bfloat16))
     # In turn, so that what else the machine does slows both; the fastest is the least disturbed.
-    times = [(_seconds(run, pixels, bfloat16=False), _seconds(run, pixels, bfloat16=True)) for _ in range(_REPETITIONS)]
+    times = [[_seconds(timed, device, bfloat16=bfloat16) for bfloat16 in (False, True)] for _ in range(_REPETITIONS)]
     gain = min(slow for slow, _ in times) / min(quick for _, quick in times)
-    found = f"bfloat16 is {gain:.2f} times as fast and changes the outputs by {difference:.2%}"
+    what = "the outputs" if timed is compared else "the gradient"
+    found = f"bfloat16 is {gain:.2f} times as fast and changes {what} by {difference:.2%}"
     # Written so that an output that is not finite stays in float32.
-    if not difference <= LARGEST_DIFFERENCE:
-        return Precision(torch.float32, gain, difference, f"{found}; at most {LARGEST_DIFFERENCE:.0%} is accepted")
+    if not difference <= tolerance:
+        return Precision(torch.float32, gain, difference, f"{found}; at most {tolerance:.0%} is accepted")
     if gain < SMALLEST_GAIN:
         return Precision(torch.float32, gain, difference, f"{found}; at least {SMALLEST_GAIN} times is asked for")
     return Precision(torch.bfloat16, gain, difference, found)
 
 
-def _output(run: Run, pixels: torch.Tensor, *, bfloat16: bool) -> torch.Tensor:
-    autocast = torch.autocast(pixels.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
-    with autocast:
-        return run(pixels)
+def _precision(device: torch.device, *, bfloat16: bool) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
-def _seconds(run: Run, pixels: torch.Tensor, *, bfloat16: bool) -> float:
-    _wait_for(pixels.device)
+def _seconds(work: Work, device: torch.device, *, bfloat16: bool) -> float:
+    _wait_for(device)
     start = perf_counter()
-    _output(run, pixels, bfloat16=bfloat16)
-    _wait_for(pixels.device)
+    work(_precision(device, bfloat16=bfloat16))
+    _wait_for(device)
     return perf_counter() - start
 
 

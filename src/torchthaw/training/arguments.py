@@ -26,7 +26,7 @@ else:
     ClassWeightsArgument = str | None
 
 ON_REJECT = ("continue", "stop")
-FROZEN_PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 LAUNCHER_SETTINGS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
@@ -78,6 +78,8 @@ class ThawTrainingArguments(TrainingArguments):
         cache_gb: Most that cached images and features may take on the disk, in GB (see `ArrayStore`); 0 caches nothing.
         frozen_precision: What frozen layers are computed in: `float32`, `bfloat16`, or `auto`, which takes bfloat16
             where the hardware has it, it is faster, and it gives the same features (see `frozen_dtype`).
+        live_precision: What the part of the network that trains is computed in, likewise: `auto` takes bfloat16 where
+            gradients are the same up to rounding (see `live_dtype`). Weights and optimizer stay in float32.
 
     Raises:
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`, the gate is unknown or has no
@@ -98,6 +100,7 @@ class ThawTrainingArguments(TrainingArguments):
     logit_adjustment: float = 1.0
     cache_gb: float = 10.0
     frozen_precision: str = "auto"
+    live_precision: str = "auto"
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -202,11 +205,11 @@ class ThawTrainingArguments(TrainingArguments):
     def _check_speed(self) -> None:
         if not self.cache_gb >= 0:
             raise PlanError(f"cache_gb is {self.cache_gb!r}; write 0 for no cache, or a number of GB such as 10")
-        if self.frozen_precision not in FROZEN_PRECISIONS:
-            raise PlanError(
-                f"unknown frozen_precision {self.frozen_precision!r}."
-                f"{did_you_mean(self.frozen_precision, FROZEN_PRECISIONS)} There are {', '.join(FROZEN_PRECISIONS)}."
-            )
+        for key, value in (("frozen_precision", self.frozen_precision), ("live_precision", self.live_precision)):
+            if value not in PRECISIONS:
+                raise PlanError(
+                    f"unknown {key} {value!r}.{did_you_mean(value, PRECISIONS)} There are {', '.join(PRECISIONS)}."
+                )
 
     def _settle_gate(self) -> None:
         validates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"

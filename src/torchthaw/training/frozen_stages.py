@@ -11,28 +11,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from torchthaw.backbones.borders import Border, find_border
+from torchthaw.backbones.borders import find_border
 from torchthaw.backbones.folding import FastForm, put_on_fast_form
-from torchthaw.backbones.precision import frozen_dtype
 from torchthaw.data.caches.images import with_cached_images
-from torchthaw.data.caches.location import default_cache_folder
 from torchthaw.data.caches.store import ArrayStore
 from torchthaw.data.views import ImageView, collate
 from torchthaw.data.workers import suggest_workers
-from torchthaw.stages.plan import Stage
-from torchthaw.training import processes
-from torchthaw.training.frozen_part import BORDER_VALUES, BorderRows, FrozenPart, border_rows, digest_of_weights
-from torchthaw.training.stage_pass import StagePassTrainer
+from torchthaw.training.frozen_part import BORDER_VALUES, BorderRows, FrozenPart, border_rows
+from torchthaw.training.precisions import PrecisionTrainer, fixed_views, name_of
 
-# Below as many pixels through the frozen part in a stage, choosing a precision costs more than it can gain.
-_WORTH_MEASURING = 4_000_000
-_PROBED = 8
 # The rest is left for features.
 _SHARE_OF_PICTURES = 0.5
-_DEFAULT_SIZE = 224
 
 
-class FrozenPartTrainer(StagePassTrainer):
+class FrozenPartTrainer(PrecisionTrainer):
     """Splits each stage's model at the border of its frozen part, and puts the whole on its fast form."""
 
     _form: FastForm | None = None
@@ -55,6 +47,8 @@ class FrozenPartTrainer(StagePassTrainer):
             return
         self._form = put_on_fast_form(self.model)
         self._find_part()
+        border = None if self._part is None else self._part.border
+        self._choose_live_dtype(border, self.stage, 0 if self._form is None else self._form.folded)
         rows = self._rows_of(self.train_dataset, "train")
         self.train_dataset = self._with_pictures(self.train_dataset) if rows is None else rows
 
@@ -63,56 +57,19 @@ class FrozenPartTrainer(StagePassTrainer):
         border = find_border(self.model, self.stage.live_groups(list(self.model.layer_groups())), self._probe(2))
         if border is None:
             return
-        self._part = FrozenPart(border, self._choose_dtype(border, self.stage), dict(self._progress.fingerprints))
+        dtype = self._choose_frozen_dtype(border, self.stage)
+        self._part = FrozenPart(border, dtype, dict(self._progress.fingerprints))
         # On resume, what was cached before the interruption may not be needed any more.
         cached = self._progress.frozen_part.get("cached", [])
-        self._progress.frozen_part = {"border": border.path, "dtype": _name(self._part.dtype), "cached": cached}
+        self._progress.frozen_part = {"border": border.path, "dtype": name_of(dtype), "cached": cached}
 
     def _slow_down(self) -> None:
         """Ends it, so that the model is what it was."""
-        self._part = None
+        self._part = self._live_dtype = None
         self._rows, self._pictures = {}, {}
         if self._form is not None:
             self._form.remove()
             self._form = None
-
-    def _probe(self, number: int) -> torch.Tensor:
-        """Returns images like those of the stage, or noise of their size where they cannot be had without a loss."""
-        data = self.train_dataset
-        if isinstance(data, ImageView):
-            images = [data[row % len(data)]["pixel_values"] for row in range(number)]
-            return torch.stack(images).to(self.args.device)
-        size = self.model.config.image_size or _DEFAULT_SIZE
-        noise = torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(0))
-        return noise.to(self.args.device)
-
-    def _choose_dtype(self, border: Border, stage: Stage) -> torch.dtype:
-        own = next(self.model.parameters()).dtype
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
-        if self.args.frozen_precision != "auto" or own != torch.float32:
-            return torch.bfloat16 if self.args.frozen_precision == "bfloat16" else own
-        # On resume, as it was chosen before.
-        chosen = self._progress.frozen_part.get("dtype")
-        if chosen is None:
-            chosen = processes.on_main(lambda: _name(self._measured_dtype(border, stage)))
-        return cast(torch.dtype, getattr(torch, chosen))
-
-    def _measured_dtype(self, border: Border, stage: Stage) -> torch.dtype:
-        data = self.train_dataset
-        if not isinstance(data, ImageView):
-            return torch.float32
-        side = data.processor.crop_size["height"]
-        passes = 1 if _fixed_views(data) is not None else stage.epochs or 1
-        if len(data) * passes * side**2 < _WORTH_MEASURING:
-            return torch.float32
-        key = {
-            "architecture": self.model.config.architecture,
-            "border": border.path,
-            "side": str(side),
-            "weights": digest_of_weights(self._progress.fingerprints),
-        }
-        return frozen_dtype(border.prefix, self._probe(_PROBED), key=key, folder=default_cache_folder()).dtype
 
     def _cache(self) -> ArrayStore | None:
         if self._store is None and self.args.cache_gb > 0:
@@ -125,7 +82,7 @@ class FrozenPartTrainer(StagePassTrainer):
         """Returns what the frozen part gives for all images of a view that shows them alike each epoch."""
         if self._part is None or not isinstance(dataset, ImageView) or self.data_collator is not collate:
             return None
-        views = _fixed_views(dataset)
+        views = fixed_views(dataset)
         if views is None:
             return None
         if id(dataset) not in self._rows:
@@ -223,12 +180,3 @@ class FrozenPartTrainer(StagePassTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Returns the floating point operations of a batch, as `Trainer` guesses them; 0 for values at a border."""
         return 0 if BORDER_VALUES in inputs else super().floating_point_ops(inputs)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _fixed_views(view: ImageView) -> int | None:
-    """Returns how many views of each image a stage goes through; None if each epoch has its own."""
-    return 1 if view.augmentation is None else view.views

@@ -33,6 +33,7 @@ _ARGUMENTS = (
     "bf16",
     "fp16",
     "frozen_precision",
+    "live_precision",
     "dataloader_drop_last",
     "load_best_model_at_end",
 )

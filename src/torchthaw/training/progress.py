@@ -61,6 +61,7 @@ class Progress:
         last_learning_rate: The optimizer's first learning rate in the last step.
         last_rates: All of them, as they are logged.
         frozen_part: How the stage's frozen part is computed; see `StageRecord`.
+        live_dtype: What the part that trains is computed in; None before that is chosen.
         fingerprints: Digests of what the stage keeps frozen.
         records: The stages that are done.
         before: What the stage can change, as it was before it.
@@ -89,6 +90,7 @@ class Progress:
     last_learning_rate: float | None = None
     last_rates: dict[str, float] = field(default_factory=dict)
     frozen_part: dict[str, Any] = field(default_factory=dict)
+    live_dtype: str | None = None
     fingerprints: dict[str, str] = field(default_factory=dict)
     records: list[StageRecord] = field(default_factory=list)
     before: Snapshot = field(default_factory=dict)
@@ -107,6 +109,7 @@ class Progress:
         self.stage_over = None
         self.validations_without_gain = 0
         self.frozen_part = {}
+        self.live_dtype = None
         self.candidate = None
 
     def save(self, folder: Path, identity: dict[str, Any]) -> None:

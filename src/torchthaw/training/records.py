@@ -33,6 +33,7 @@ class StageRecord:
         peak_memory_mb: Peak memory of the process up to the stage's end in MiB; with CUDA, of the GPU in the stage.
         frozen_part: How the frozen part was computed: its `border` (the first module behind it), its `dtype`, and the
             splits of which it was `cached`; empty where all of the model ran.
+        live_dtype: What the part that trains was computed in; None where that was left to the model's own code.
     """
 
     name: str
@@ -56,6 +57,7 @@ class StageRecord:
     data_wait_share: float | None = None
     peak_memory_mb: float | None = None
     frozen_part: dict[str, Any] = field(default_factory=dict)
+    live_dtype: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as plain data."""

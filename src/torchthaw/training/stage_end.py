@@ -120,6 +120,7 @@ def conclude(
         data_wait_share=None if clock.data_wait_share is None else round(clock.data_wait_share, 4),
         peak_memory_mb=peak_memory_mb(),
         frozen_part=progress.frozen_part,
+        live_dtype=progress.live_dtype,
     )
     progress.records.append(record)
     return record
