@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from torchthaw.backbones import precision
-from torchthaw.backbones.precision import LARGEST_DIFFERENCE, SMALLEST_GAIN, frozen_dtype, has_bfloat16
+from torchthaw.backbones.precision import (
+    LARGEST_DIFFERENCE,
+    LARGEST_GRADIENT_DIFFERENCE,
+    SMALLEST_GAIN,
+    frozen_dtype,
+    has_bfloat16,
+    live_dtype,
+)
 
 KEY = {"architecture": "resnet18", "weights": "abc"}
 PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -68,6 +75,55 @@ def test_it_must_be_faster_and_near(gain, difference, dtype):
     assert f"{result.gain:.2f} times as fast" in result.why
     assert ("at most 5%" in result.why) == (not difference <= LARGEST_DIFFERENCE)
     assert ("at least 1.2 times" in result.why) == (gain < SMALLEST_GAIN)
+
+
+class Training:
+    """A training step that takes as long, and has a gradient as far off, as it is told to."""
+
+    def __init__(self, *, gain, difference):
+        self.seconds = {False: gain, True: 1.0}
+        self.difference = difference
+        self.first = {False, True}
+
+    def step(self, context):
+        with context:
+            fast = torch.is_autocast_enabled("cpu")
+        # Kernels are chosen in the first step.
+        Clock.seconds += self.seconds[fast] * (100 if fast in self.first else 1)
+        self.first.discard(fast)
+        return torch.tensor([float("nan")])
+
+    def gradient(self, context):
+        with context:
+            fast = torch.is_autocast_enabled("cpu")
+        return torch.ones(3) * (1 + self.difference * fast)
+
+    def decide(self, folder=None):
+        return live_dtype(self.step, self.gradient, torch.device("cpu"), key=KEY, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("gain", "difference", "dtype"),
+    [
+        (1.3, 0.2, torch.bfloat16),
+        (1.3, 0.35, torch.float32),
+        (1.3, float("nan"), torch.float32),
+        (1.1, 0.0, torch.float32),
+    ],
+)
+@pytest.mark.usefixtures("bfloat16_hardware")
+def test_training_must_be_faster_with_gradients_that_are_near(gain, difference, dtype):
+    result = Training(gain=gain, difference=difference).decide()
+    assert result.dtype == dtype
+    assert result.gain == pytest.approx(gain)
+    assert f"{gain:.2f} times as fast and changes the gradient by" in result.why
+    assert ("at most 30%" in result.why) == (not difference <= LARGEST_GRADIENT_DIFFERENCE)
+
+
+@pytest.mark.usefixtures("bfloat16_hardware")
+def test_the_first_decision_on_training_holds(tmp_path):
+    first = Training(gain=2, difference=0).decide(tmp_path)
+    assert Training(gain=0.5, difference=0).decide(tmp_path) == first
 
 
 def test_without_instructions_nothing_is_measured(monkeypatch, tmp_path):

@@ -307,6 +307,7 @@ def test_rows_go_through_their_views_epoch_by_epoch():
         ({"cache_gb": -1.0}, "cache_gb is -1.0; write 0 for no cache"),
         ({"cache_gb": float("nan")}, "cache_gb is nan"),
         ({"frozen_precision": "bf16"}, "unknown frozen_precision 'bf16'. Did you mean 'bfloat16'"),
+        ({"live_precision": "float16"}, "unknown live_precision 'float16'. Did you mean 'bfloat16'"),
     ],
 )
 def test_settings_that_do_not_work_are_refused(tmp_path, options, message):
