@@ -189,8 +189,9 @@ def report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> None
             for stage in results["stages"]
         ],
     )
-    for sentence in filter(None, map(_on_frozen_part, results["stages"])):
-        reporter.say(sentence)
+    for stage in results["stages"]:
+        for sentence in filter(None, (_on_frozen_part(stage), _on_live_part(stage))):
+            reporter.say(sentence)
     for split in ("validation", "test"):
         if split in results:
             figures = results[split]
@@ -214,6 +215,13 @@ def _on_frozen_part(stage: Mapping[str, Any]) -> str | None:
     cached = " and ".join(frozen["cached"])
     what = f"computed once for {cached} images" if cached else "computed without a graph, anew for each batch"
     return f"{stage['name']}: frozen layers up to {frozen['border']} in {frozen['dtype']}, {what}"
+
+
+def _on_live_part(stage: Mapping[str, Any]) -> str | None:
+    """Says what a stage trained in, where that is not what the weights are in."""
+    if stage["live_dtype"] in (None, "float32"):
+        return None
+    return f"{stage['name']}: what trains is computed in {stage['live_dtype']}, weights and head in float32"
 
 
 def report_profile(profiler: ProfileCallback, reporter: Reporter) -> None:

@@ -1,6 +1,7 @@
 """What trains is computed in the precision that was chosen: near the exact one, remembered, and without a trace."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -88,21 +89,38 @@ def test_training_and_validation_are_near_those_in_float32(train, batch_norm, to
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_all_but_the_head_is_in_it_in_training_and_validation(train, precision, kind):
+def test_training_is_in_it_and_validation_is_not(train, precision, kind):
     kinds = Kinds()
-    trainer = train([ALL], callbacks=[kinds], live_precision=precision)
-    assert kinds.seen == {True: {kind}, False: {kind}}
+    train([ALL], callbacks=[kinds], live_precision=precision)
+    assert kinds.seen == {True: {kind}, False: {torch.float32}}
     assert not torch.is_autocast_enabled("cpu")
-    # After the run the model computes as its weights are.
-    kinds.seen[False].clear()
-    trainer.evaluate()
-    assert kinds.seen[False] == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", [HEAD, PARTIAL, ALL], ids=["head", "partial", "all"])
+def test_what_validation_says_is_what_the_saved_model_gives(train, stage):
+    trainer = train([stage], frozen_precision="bfloat16", live_precision="bfloat16")
+    if stage is not ALL:
+        assert trainer.stage_records[0].frozen_part["dtype"] == "bfloat16"
+    saved = trainer.evaluate()["eval_loss"]
+    assert any(loss == pytest.approx(saved, rel=1e-5) for loss in losses(trainer, "eval_loss"))
+
+
+def test_mixed_precision_of_trainer_is_validated_in_it(train):
+    kinds = Kinds()
+    train([ALL], callbacks=[kinds], bf16=True)
+    assert kinds.seen == {True: {torch.bfloat16}, False: {torch.bfloat16}}
 
 
 def test_the_head_is_not_rounded(train):
-    logits = torch.from_numpy(train([ALL], live_precision="bfloat16")._validated["eval"][0])
-    assert logits.dtype == torch.float32
-    assert not torch.equal(logits, logits.bfloat16().float())
+    seen = []
+
+    class Logits(TrainerCallback):
+        def on_stage_begin(self, args, state, control, *, model, **kwargs):
+            model.backbone.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+
+    train([ALL], callbacks=[Logits()], live_precision="bfloat16")
+    assert {logits.dtype for logits in seen} == {torch.float32}
+    assert not all(torch.equal(logits, logits.bfloat16().float()) for logits in seen)
 
 
 def test_small_stages_are_not_measured_and_exact(train, monkeypatch):
@@ -133,7 +151,9 @@ def test_the_choice_is_by_what_trains(train, decided):
     assert [key["from"] for key in decided] == ["stage4", ""]
     assert {key["side"] for key in decided} == {"64"}
     assert {key["architecture"] for key in decided} == {ARCHITECTURE}
-    assert int(decided[0]["folded"]) < int(decided[1]["folded"])
+    # BatchNorm that trains is not folded, and makes other steps.
+    train([dataclasses.replace(ALL, batch_norm="train")], "other")
+    assert int(decided[2]["folded"]) < int(decided[1]["folded"])
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"live_precision": "bfloat16"}, {"live_precision": "float32"}])

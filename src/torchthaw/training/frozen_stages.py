@@ -5,6 +5,7 @@ The methods of `Trainer` that are overridden here were read in transformers 5.23
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ class FrozenPartTrainer(PrecisionTrainer):
 
     _form: FastForm | None = None
     _part: FrozenPart | None = None
+    _validated_part: FrozenPart | None = None
     _store: ArrayStore | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,13 +61,16 @@ class FrozenPartTrainer(PrecisionTrainer):
             return
         dtype = self._choose_frozen_dtype(border, self.stage)
         self._part = FrozenPart(border, dtype, dict(self._progress.fingerprints))
+        # Rounded values are good enough to train on, but what is validated is the model that will be saved.
+        mixed = self.args.bf16 or self.args.fp16
+        self._validated_part = self._part if mixed else replace(self._part, dtype=next(self.model.parameters()).dtype)
         # On resume, what was cached before the interruption may not be needed any more.
         cached = self._progress.frozen_part.get("cached", [])
         self._progress.frozen_part = {"border": border.path, "dtype": name_of(dtype), "cached": cached}
 
     def _slow_down(self) -> None:
         """Ends it, so that the model is what it was."""
-        self._part = self._live_dtype = None
+        self._part = self._validated_part = self._live_dtype = None
         self._rows, self._pictures = {}, {}
         if self._form is not None:
             self._form.remove()
@@ -80,7 +85,8 @@ class FrozenPartTrainer(PrecisionTrainer):
 
     def _rows_of(self, dataset: Any, split: str) -> BorderRows | None:
         """Returns what the frozen part gives for all images of a view that shows them alike each epoch."""
-        if self._part is None or not isinstance(dataset, ImageView) or self.data_collator is not collate:
+        part = self._part if split == "train" else self._validated_part
+        if part is None or not isinstance(dataset, ImageView) or self.data_collator is not collate:
             return None
         views = fixed_views(dataset)
         if views is None:
@@ -89,7 +95,7 @@ class FrozenPartTrainer(PrecisionTrainer):
             larger = 4 if self.args.device.type == "cuda" else 1
             images = self._with_pictures(dataset)
             rows = border_rows(
-                self._part, images, views=views, store=self._cache(),
+                part, images, views=views, store=self._cache(),
                 batch_size=larger * self.args.per_device_eval_batch_size, num_workers=self.workers_for(images),
             )  # fmt: skip
             self._rows[id(dataset)] = (dataset, rows)
@@ -157,24 +163,24 @@ class FrozenPartTrainer(PrecisionTrainer):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._part is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        inputs = self._at_border(inputs)
+        inputs = self._at_border(inputs, self._part)
         with self._part.border.resumed():
             return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._part is None or ("pixel_values" not in inputs and BORDER_VALUES not in inputs):
+        part = self._validated_part
+        if part is None or ("pixel_values" not in inputs and BORDER_VALUES not in inputs):
             return super().prediction_step(model, inputs, *args, **kwargs)
-        inputs = self._at_border(inputs)
-        with self._part.border.resumed():
+        inputs = self._at_border(inputs, part)
+        with part.border.resumed():
             return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def _at_border(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _at_border(self, inputs: dict[str, Any], part: FrozenPart) -> dict[str, Any]:
         """Returns a batch in which values at the border stand as `pixel_values`."""
-        assert self._part is not None
         inputs = self._prepare_inputs(dict(inputs))
         values = inputs.pop(BORDER_VALUES, None)
         if values is None:
-            values = self._part(inputs["pixel_values"])
+            values = part(inputs["pixel_values"])
         return {**inputs, "pixel_values": values}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

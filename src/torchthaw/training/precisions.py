@@ -27,13 +27,13 @@ _DEFAULT_SIZE = 224
 
 
 class PrecisionTrainer(StagePassTrainer):
-    """Runs the forward passes of a stage in the precision that was chosen for it, for training and validation."""
+    """Runs the forward passes of training in the precision that was chosen; validation as the saved model computes."""
 
     _live_dtype: torch.dtype | None = None
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
-        if self._live_dtype is not None:
+        if self._live_dtype is not None and self.model.training:
             stack.enter_context(torch.autocast(self.args.device.type, self._live_dtype))
         return stack
 
