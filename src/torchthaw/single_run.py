@@ -17,7 +17,8 @@ from torchthaw.preparation import build_model, training_arguments
 from torchthaw.recipe import Recipe
 from torchthaw.training import processes
 from torchthaw.training.bottlenecks import PARTS
-from torchthaw.training.callbacks import ProgressCallback
+from torchthaw.training.callbacks import DiagnosisCallback, ProgressCallback
+from torchthaw.training.diagnosis import Finding
 from torchthaw.training.profiling import ProfileCallback
 from torchthaw.training.resume import has_checkpoint
 from torchthaw.training.trainer import ThawTrainer
@@ -192,6 +193,8 @@ def report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> None
     for stage in results["stages"]:
         for sentence in filter(None, (_on_frozen_part(stage), _on_live_part(stage))):
             reporter.say(sentence)
+    for finding in results.get("diagnosis", ()):
+        reporter.say(Finding(**finding).sentence)
     for split in ("validation", "test"):
         if split in results:
             figures = results[split]
@@ -255,6 +258,7 @@ def _train(trainer: ThawTrainer, reporter: Reporter, *, resume: bool, profiler: 
         reporter.say("No whole checkpoint was left, so the run starts from the beginning.")
     with reporter.progress("training", 1) as bar:
         trainer.add_callback(ProgressCallback(bar.update, reporter.say))
+        trainer.add_callback(DiagnosisCallback(trainer.diagnose, reporter.say))
         if profiler is not None:
             trainer.add_callback(profiler)
         trainer.train(resume_from_checkpoint=goes_on or None)

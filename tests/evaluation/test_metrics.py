@@ -57,7 +57,31 @@ def by_hand(logits, labels):
             confidence = sum(probabilities[i].max() for i in inside) / len(inside)
             ece += len(inside) / len(labels) * abs(accuracy - confidence)
     log_probabilities = log_softmax(logits.astype(np.float64), axis=1)
+    top5 = [
+        label in sorted(range(len(row)), key=lambda index: (-row[index], index))[:5]
+        for row, label in zip(logits.tolist(), labels, strict=True)
+    ]
+    areas = {}
+    for index in set(labels):
+        own = [row[index] for row, label in zip(log_probabilities, labels, strict=True) if label == index]
+        others = [row[index] for row, label in zip(log_probabilities, labels, strict=True) if label != index]
+        wins = [(a > b) + (a == b) / 2 for a in own for b in others]
+        areas[index] = sum(wins) / len(wins) if wins else None
+    known = [area for area in areas.values() if area is not None]
+    if logits.shape[1] == 2:
+        known = [areas[1]] if len(areas) == 2 else []
+    brier = [
+        sum((p - (index == label)) ** 2 for index, p in enumerate(row))
+        for row, label in zip(probabilities, labels, strict=True)
+    ]
     return {
+        "weighted_f1": sum(scores["f1"] * scores["support"] for scores in per_class) / len(labels),
+        "top5_accuracy": sum(top5) / len(top5),
+        "auroc": sum(known) / len(known) if known else None,
+        "brier": sum(brier) / len(brier),
+        "confusion_matrix": [
+            [pairs.count((row, column)) for column in range(logits.shape[1])] for row in range(logits.shape[1])
+        ],
         "accuracy": sum(label == guess for label, guess in pairs) / len(pairs),
         "macro_f1": sum(scores["f1"] for scores in present) / len(present),
         "balanced_accuracy": sum(scores["recall"] for scores in present) / len(present),
@@ -95,8 +119,10 @@ def test_every_metric_equals_counting_by_hand(case):
         warnings.simplefilter("error")
         metrics = classification_metrics(logits, labels, names)
     expected = by_hand(logits, labels)
-    for key in ("accuracy", "macro_f1", "balanced_accuracy", "loss", "ece"):
+    for key in ("accuracy", "macro_f1", "weighted_f1", "balanced_accuracy", "auroc", "loss", "ece", "brier"):
         assert metrics[key] == pytest.approx(expected[key], abs=1e-12), key
+    assert metrics["confusion_matrix"] == expected["confusion_matrix"]
+    assert metrics.get("top5_accuracy") == (expected["top5_accuracy"] if logits.shape[1] > 5 else None)
     assert list(metrics["per_class"]) == names
     for name, scores in zip(names, expected["per_class"], strict=True):
         assert metrics["per_class"][name] == pytest.approx(scores, abs=1e-12)
@@ -119,6 +145,28 @@ def test_averages_equal_those_of_scikit_learn(case):
     probabilities = softmax(logits.astype(np.float64), axis=1)
     log_loss = sklearn.metrics.log_loss(labels, probabilities, labels=np.arange(4))
     assert metrics["loss"] == pytest.approx(log_loss, abs=1e-12)
+    assert metrics["confusion_matrix"] == sklearn.metrics.confusion_matrix(labels, predicted, labels=range(4)).tolist()
+
+
+def test_ranks_and_areas_equal_those_of_scikit_learn():
+    logits, labels = draw(300, 12, seed=5)
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    metrics = classification_metrics(logits, labels, names_of(logits))
+    assert metrics["top5_accuracy"] == pytest.approx(sklearn.metrics.top_k_accuracy_score(labels, logits, k=5))
+    area = sklearn.metrics.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
+    assert metrics["auroc"] == pytest.approx(area, abs=1e-12)
+    logits, labels = draw(300, 2, seed=6, signal=0.5)
+    metrics = classification_metrics(logits, labels, ["no", "yes"])
+    probabilities = softmax(logits.astype(np.float64), axis=1)
+    assert metrics["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(labels, probabilities[:, 1]), abs=1e-9)
+    # scikit-learn counts the second class alone.
+    score = 2 * sklearn.metrics.brier_score_loss(labels, probabilities[:, 1])
+    assert metrics["brier"] == pytest.approx(score, abs=1e-12)
+
+
+def test_the_matrix_of_many_classes_is_left_out():
+    logits, labels = draw(50, 101, seed=7)
+    assert "confusion_matrix" not in classification_metrics(logits, labels, names_of(logits))
 
 
 def test_a_class_without_images_does_not_lower_macro_f1():
@@ -157,6 +205,8 @@ def test_order_of_images_and_of_classes_and_offsets_do_not_matter(num_images, nu
         (logits + offsets)[images][:, classes], np.argsort(classes)[labels][images], names[classes], intervals=False
     )
     assert mixed.pop("per_class") == {name: pytest.approx(value) for name, value in metrics.pop("per_class").items()}
+    matrix = np.array(metrics.pop("confusion_matrix"))
+    assert np.array_equal(mixed.pop("confusion_matrix"), matrix[np.ix_(classes, classes)])
     assert mixed == pytest.approx(metrics, abs=1e-9)
 
 
@@ -165,8 +215,10 @@ def test_order_of_images_and_of_classes_and_offsets_do_not_matter(num_images, nu
 def test_values_are_in_range_and_agree_with_each_other(num_images, num_classes, seed):
     logits, labels = draw(num_images, num_classes, seed)
     metrics = classification_metrics(logits, labels, names_of(logits))
-    for key in ("accuracy", "macro_f1", "balanced_accuracy", "ece"):
-        assert 0 <= metrics[key] <= 1
+    for key in ("accuracy", "macro_f1", "weighted_f1", "balanced_accuracy", "ece", "top5_accuracy", "auroc"):
+        assert 0 <= (metrics.get(key) or 0) <= 1
+    assert 0 <= metrics["brier"] <= 2
+    assert np.trace(metrics["confusion_matrix"]) == round(metrics["accuracy"] * num_images)
     assert metrics["loss"] >= 0
     assert sum(scores["support"] for scores in metrics["per_class"].values()) == num_images
     hits = sum(scores["recall"] * scores["support"] for scores in metrics["per_class"].values())

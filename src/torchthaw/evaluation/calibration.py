@@ -26,6 +26,17 @@ def reliability_bins(probabilities: Floats, labels: Ids, bins: int = 15) -> tupl
     return count, mean_confidence, accuracy
 
 
+def brier_score(probabilities: Floats, labels: Ids) -> float:
+    """Mean over images of the squared distance between probabilities and the truth, 0 ... 2 (Brier, 1950).
+
+    Args:
+        probabilities: Shape (images, classes), rows sum to 1.
+        labels: Class ids, shape (images,).
+    """
+    truth = np.eye(probabilities.shape[1])[labels]
+    return float(((probabilities - truth) ** 2).sum(axis=1).mean())
+
+
 def expected_calibration_error(probabilities: Floats, labels: Ids) -> float:
     """Mean gap between confidence and accuracy over 15 bins of equal width, weighted by images (Guo et al., 2017).
 

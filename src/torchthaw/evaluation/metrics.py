@@ -22,11 +22,16 @@ from torchthaw.evaluation.arrays import (
     as_logits,
     log_softmax,
 )
-from torchthaw.evaluation.calibration import expected_calibration_error
+from torchthaw.evaluation.calibration import brier_score, expected_calibration_error
 from torchthaw.evaluation.intervals import macro_f1_interval, wilson_interval
+from torchthaw.evaluation.ranking import auroc, top_k_accuracy
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
+
+TOP_K = 5
+# Its size grows with their square.
+_MOST_CLASSES_OF_MATRIX = 100
 
 
 def classification_metrics(
@@ -51,9 +56,15 @@ def classification_metrics(
 
         - `accuracy`, in 0 ... 1;
         - `macro_f1` and `balanced_accuracy`: mean F1 and mean recall over the classes that occur in `labels`;
+        - `weighted_f1`: mean F1 weighted by images;
+        - `top5_accuracy`: share of images whose class is among the five highest, where there are more than five;
+        - `auroc`: area under the ROC curve of the second of two classes, or mean over the classes that occur, each
+          against the rest; None where all images are of one class;
         - `loss`: mean log loss in nats, computed in float64;
+        - `brier`: Brier score over all classes, 0 ... 2;
         - `ece`: expected calibration error with 15 bins of equal width (Guo et al., 2017, arXiv:1706.04599);
         - `per_class`: class name -> `precision`, `recall`, `f1` (0 where undefined) and `support` in images;
+        - `confusion_matrix`: rows are true classes, columns predictions, up to 100 classes;
         - `num_images`;
         - `accuracy_interval` (Wilson) and `macro_f1_interval` (percentile bootstrap over images, 1000 resamples):
           [low, high] at 95 %.
@@ -71,10 +82,15 @@ def classification_metrics(
         ids, predicted, labels=np.arange(num_classes), average=None, zero_division=0
     )
     log_probabilities = log_softmax(checked.astype(np.float64))
+    probabilities = np.exp(log_probabilities)
     metrics = {
         **_scalars(ids, predicted),
+        "weighted_f1": float(np.average(f1, weights=support)),
+        **({"top5_accuracy": top_k_accuracy(checked, ids, TOP_K)} if num_classes > TOP_K else {}),
+        "auroc": auroc(log_probabilities, ids),
         "loss": -float(log_probabilities[np.arange(num_images), ids].mean()),
-        "ece": expected_calibration_error(np.exp(log_probabilities), ids),
+        "ece": expected_calibration_error(probabilities, ids),
+        "brier": brier_score(probabilities, ids),
         "per_class": {
             name: {
                 "precision": float(precision[index]),
@@ -86,6 +102,9 @@ def classification_metrics(
         },
         "num_images": num_images,
     }
+    if num_classes <= _MOST_CLASSES_OF_MATRIX:
+        cells = np.bincount(ids * num_classes + predicted, minlength=num_classes**2)
+        metrics["confusion_matrix"] = cells.reshape(num_classes, num_classes).tolist()
     if intervals:
         metrics["accuracy_interval"] = wilson_interval(int((predicted == ids).sum()), num_images)
         metrics["macro_f1_interval"] = macro_f1_interval(ids, predicted, seed=seed)

@@ -9,6 +9,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from torchthaw.stages.plan import Stage
+from torchthaw.training.diagnosis import Finding
 from torchthaw.training.records import StageRecord
 
 
@@ -154,6 +155,35 @@ class ProgressCallback(StageCallback):
         self._say(f"stage {stage.name}: {record.reason}. Moved: {moved or 'nothing'}.")
         if record.ended_early:
             self._say(f"stage {stage.name} ended early: {record.ended_early}")
+
+
+class DiagnosisCallback(StageCallback):
+    """Says at the end of each stage what its curves show that is wrong, each thing once.
+
+    Args:
+        diagnose: Returns the findings so far.
+        say: Prints a line.
+    """
+
+    def __init__(self, diagnose: Callable[[], list[Finding]], say: Callable[[str], None]) -> None:
+        self._diagnose, self._say = diagnose, say
+        self._said: set[str] = set()
+
+    def on_stage_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        stage: Stage,
+        record: StageRecord,
+        **kwargs: Any,
+    ) -> None:
+        """Prints new findings."""
+        for finding in self._diagnose():
+            if finding.evidence not in self._said:
+                self._said.add(finding.evidence)
+                self._say(finding.sentence)
 
 
 def _stage_name(state: TrainerState) -> str:

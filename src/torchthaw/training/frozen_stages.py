@@ -31,6 +31,7 @@ class FrozenPartTrainer(PrecisionTrainer):
     _form: FastForm | None = None
     _part: FrozenPart | None = None
     _validated_part: FrozenPart | None = None
+    _operations_per_value: int | None = None
     _store: ArrayStore | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -185,4 +186,10 @@ class FrozenPartTrainer(PrecisionTrainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Returns the floating point operations of a batch, as `Trainer` guesses them; 0 for values at a border."""
-        return 0 if BORDER_VALUES in inputs else super().floating_point_ops(inputs)
+        if BORDER_VALUES in inputs:
+            return 0
+        values = inputs[self.model.main_input_name].numel()
+        if self._operations_per_value is None:
+            # In proportion; to count the parameters in every step would cost several ms.
+            self._operations_per_value = super().floating_point_ops(inputs) // values
+        return self._operations_per_value * values

@@ -22,6 +22,7 @@ from torchthaw.training.stage_pass import StagePassTrainer
 _WORTH_MEASURING = 4_000_000
 # Likewise in images, for what trains: the choice takes steps of some 70 images.
 _WORTH_STEPS = 256
+# Images of 224 px, and as many smaller ones as have their pixels: of few small ones the time is not that of kernels.
 _PROBED = 8
 _DEFAULT_SIZE = 224
 
@@ -62,7 +63,9 @@ class PrecisionTrainer(StagePassTrainer):
             return torch.float32
         weights = digest_of_weights(self._progress.fingerprints)
         key = {**self._probe_key(), "border": border.path, "weights": weights}
-        return frozen_dtype(border.prefix, self._probe(_PROBED), key=key, folder=default_cache_folder()).dtype
+        return frozen_dtype(
+            border.prefix, self._probe(self._number_to_probe()), key=key, folder=default_cache_folder()
+        ).dtype
 
     def _choose_live_dtype(self, border: Border | None, stage: Stage, folded: int) -> None:
         """Settles what the part that trains is computed in, its weights as they are."""
@@ -89,7 +92,7 @@ class PrecisionTrainer(StagePassTrainer):
             "from": "" if border is None else border.path,
             "folded": str(folded),
         }
-        step, gradient = training_steps(self.model, border, self._probe(_PROBED))
+        step, gradient = training_steps(self.model, border, self._probe(self._number_to_probe()))
         return live_dtype(step, gradient, self.args.device, key=key, folder=default_cache_folder()).dtype
 
     def _given_dtype(self, asked: str) -> torch.dtype | None:
@@ -108,6 +111,10 @@ class PrecisionTrainer(StagePassTrainer):
         passes = 1 if recurring and fixed_views(data) is not None else stage.epochs or 1
         images = len(data) * passes
         return images >= least_images and images * _side(data) ** 2 >= _WORTH_MEASURING
+
+    def _number_to_probe(self) -> int:
+        number = round(_PROBED * (_DEFAULT_SIZE / _side(cast(Any, self.train_dataset))) ** 2)
+        return min(max(_PROBED, number), self.args.per_device_train_batch_size)
 
     def _probe_key(self) -> dict[str, str]:
         return {"architecture": self.model.config.architecture, "side": str(_side(cast(Any, self.train_dataset)))}

@@ -11,6 +11,7 @@ from torchthaw.data.views import ImageView
 from torchthaw.sharing.card import write_card
 from torchthaw.training import processes
 from torchthaw.training.datasets import as_view
+from torchthaw.training.diagnosis import Course, Finding, diagnose
 from torchthaw.training.pushing import PushingTrainer
 from torchthaw.training.results import (
     RESULTS_FILE,
@@ -63,6 +64,27 @@ class ReportingTrainer(PushingTrainer):
         target = Path(folder or str(self.args.output_dir))
         test = as_view(test_dataset, self.model, self.processing_class, self.args, train=False)
         return processes.on_main(lambda: self._save_run(target, test, facts or {}, prove, progress, started))
+
+    def diagnose(self) -> list[Finding]:
+        """Says what the curves of the run, or of its stages so far, show; see `torchthaw.training.diagnosis`.
+
+        Returns:
+            The findings, the gravest first; none for several labels an image.
+        """
+        if self.model.config.problem_type == "multi_label_classification":
+            return []
+        view = self._validation_view()
+        train = self._train_data
+        return diagnose(
+            Course(
+                log=self.state.log_history,
+                records=self.stage_records,
+                class_counts=list(_counts(view).values()) if isinstance(view, ImageView) else (),
+                num_classes=self.model.config.num_labels,
+                num_workers=0 if train is None else self.workers_for(train),
+                over=self.stage is None,
+            )
+        )
 
     def _save_run(
         self,
@@ -129,6 +151,7 @@ class ReportingTrainer(PushingTrainer):
             **figures,
             "gate": {"gate": self.args.gate, "min_gain": self.args.min_gain, "on_reject": self.args.on_reject},
             "stages": [record.to_dict() for record in records],
+            "diagnosis": [finding.to_dict() for finding in self.diagnose()],
             "seconds_total": round(sum(record.seconds for record in records), 3),
             **given,
         }
