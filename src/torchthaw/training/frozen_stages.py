@@ -188,6 +188,8 @@ class FrozenPartTrainer(PrecisionTrainer):
         """Returns the floating point operations of a batch, as `Trainer` guesses them; 0 for values at a border."""
         if BORDER_VALUES in inputs:
             return 0
+        if self.model.main_input_name not in inputs:
+            return super().floating_point_ops(inputs)
         values = inputs[self.model.main_input_name].numel()
         if self._operations_per_value is None:
             # In proportion; to count the parameters in every step would cost several ms.
