@@ -217,7 +217,8 @@ def _on_frozen_part(stage: Mapping[str, Any]) -> str | None:
         return None
     cached = " and ".join(frozen["cached"])
     what = f"computed once for {cached} images" if cached else "computed without a graph, anew for each batch"
-    return f"{stage['name']}: frozen layers up to {frozen['border']} in {frozen['dtype']}, {what}"
+    dtype = "float32" if frozen["dtype"] == "float32" else f"{frozen['dtype']} (for training)"
+    return f"{stage['name']}: frozen layers up to {frozen['border']} in {dtype}, {what}"
 
 
 def _on_live_part(stage: Mapping[str, Any]) -> str | None:

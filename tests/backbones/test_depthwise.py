@@ -40,7 +40,7 @@ def test_gradients_are_the_exact_ones_up_to_rounding(kernel, stride, padding, di
     exact = gradients(convolution, images, torch.float64, plainly)
     rounded = gradients(convolution, images, torch.bfloat16, plainly)
     ours = gradients(convolution, images, torch.bfloat16, convolve)
-    assert len(ours) == 4 if bias else 3
+    assert len(ours) == (4 if bias else 3)
     for mine, plain, wanted in zip(ours, rounded, exact, strict=True):
         assert mine.dtype == torch.bfloat16
         size = wanted.norm()

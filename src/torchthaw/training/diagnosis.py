@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torchthaw.backbones.anatomy import HEAD
 from torchthaw.evaluation.intervals import wilson_interval
 from torchthaw.training.records import StageRecord
 
-HEAD = "head"
 # Validation loss above its least, relative and in nats, that counts as worse; training loss that counts as better.
 _WORSE, _WORSE_NATS, _BETTER = 0.15, 0.05, 0.8
 # A stage whose best validation loss is so many times that before it has destroyed something.
@@ -223,7 +223,7 @@ def _not_learning(course: Course, curves: _Curves) -> Iterator[Finding]:
 
 
 def _overfitting(course: Course, curves: _Curves) -> Iterator[Finding]:
-    """Within a stage, the last two validations or more are worse than its best, while the training loss still falls."""
+    """Two validations or more after the best of a stage, the last is worse, while the training loss still falls."""
     for index in sorted({row.stage for row in curves.rows}):
         rows = curves.of_stage(index)
         best = min(range(len(rows)), key=lambda number: rows[number].eval_loss)

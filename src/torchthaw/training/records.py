@@ -31,8 +31,9 @@ class StageRecord:
             that ended the stage.
         data_wait_share: Share of that time that went by waiting for data.
         peak_memory_mb: Peak memory of the process up to the stage's end in MiB; with CUDA, of the GPU in the stage.
-        frozen_part: How the frozen part was computed: its `border` (the first module behind it), its `dtype`, and the
-            splits of which it was `cached`; empty where all of the model ran.
+        frozen_part: How the frozen part was computed: its `border` (the first module behind it), its `dtype` for
+            training images (validation computes in the model's own), and the splits of which it was `cached`; empty
+            where all of the model ran.
         live_dtype: What the part that trains was computed in; None where that was left to the model's own code.
     """
 
