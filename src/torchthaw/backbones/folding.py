@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from .activations import InPlaceReLU6
 from .anatomy import family_of
 from .conv_norm_pairs import HOOKS, apply_scale, find_pairs, is_plain, scale_and_shift
 from .depthwise import convolve
@@ -44,7 +45,8 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
       again when they have changed.
     - Images go in channels_last where that is faster (see `prefers_channels_last`); parameters keep their layout.
     - Under autocast the final layer computes in the type of its weights: it costs next to nothing, and logits rounded
-      to bfloat16 would tie. Depthwise convolutions get gradients that are fast in bfloat16 too (see `convolve`).
+      to bfloat16 would tie. Depthwise convolutions get gradients that are fast in bfloat16 too (see `convolve`), and
+      a ReLU6 in place one that needs no copy of its input.
 
     What the form adds lies in the modules as their own `forward`: nothing in state_dict or in what is saved, and
     copies of the model wear a form of their own. A convolution or norm with hooks, a parametrization, or a class or
@@ -65,6 +67,9 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
     final = model.backbone.get_submodule(family_of(model.config.architecture).final_layer)
     if any(is_plain(final, kind) for kind in (nn.Linear, nn.Conv2d)):
         vars(final)["forward"] = _FinalLayer(final)
+    for module in model.backbone.modules():
+        if is_plain(module, nn.ReLU6):
+            vars(module)["forward"] = InPlaceReLU6(module)
     if prefers_channels_last(model.config.architecture):
         model.backbone.register_forward_pre_hook(_to_channels_last)
     return FastForm(model, folded)
@@ -73,7 +78,7 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
 def take_off_fast_form(model: TorchvisionPreTrainedModel) -> None:
     """Takes off the fast form that a model wears, if any; also that of a copy, which has no `FastForm` of its own."""
     for module in model.backbone.modules():
-        if isinstance(vars(module).get("forward"), _FoldedConvolution | _FoldedNorm | _FinalLayer):
+        if isinstance(vars(module).get("forward"), _OWN):
             del vars(module)["forward"]
     hooks = model.backbone._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _to_channels_last]:
@@ -198,6 +203,9 @@ class _Kept(Generic[Value]):
                 self._aliases = [tensor.detach() for tensor in tensors]
             self._seen = seen
         return self._value
+
+
+_OWN = (_FoldedConvolution, _FoldedNorm, _FinalLayer, InPlaceReLU6)
 
 
 def _computing_dtype(convolution: nn.Conv2d) -> torch.dtype:
