@@ -268,6 +268,29 @@ def test_time_waiting_for_data_and_images_per_second_are_in_the_record(train, sp
     assert json.dumps(record.to_dict())
 
 
+def test_training_is_the_same_where_the_device_takes_the_last_steps_of_augmentation(train, monkeypatch):
+    strong = {"augmentation": {"random_erasing": 0.5, "mixup": 0.4, "cutmix": 0.4}, "optimizer": "sgd"}
+    plan = [
+        Stage("head", "head", epochs=1, learning_rate=0.1, **strong),
+        Stage("all", "all", epochs=2, learning_rate=1e-3, **strong),
+    ]
+    usual = train(plan)
+    monkeypatch.setattr(ThawTrainer, "_finishes_batches", lambda self: True)
+    seen = []
+    step = ThawTrainer.training_step
+
+    def noting(self, model, inputs, *others):
+        seen.append(inputs["pixel_values"].dtype)
+        return step(self, model, inputs, *others)
+
+    monkeypatch.setattr(ThawTrainer, "training_step", noting)
+    finished = train(plan, "on device")
+    assert set(seen) == {torch.uint8}
+    assert losses(finished) == losses(usual)
+    for name, value in usual.model.state_dict().items():
+        assert torch.equal(finished.model.state_dict()[name], value), name
+
+
 def test_a_collator_of_the_users_gets_images(train, untrained, splits, processor, tmp_path, cache):
     shapes = set()
 

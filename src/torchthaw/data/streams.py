@@ -16,7 +16,7 @@ from torchthaw.data.columns import find_columns
 from torchthaw.data.folders import listing
 from torchthaw.data.images import decode_image
 from torchthaw.data.transforms import ImageTransform, view_transform
-from torchthaw.data.views import hashed_seed, transformed
+from torchthaw.data.views import hashed_seed, seeded
 from torchthaw.errors import DataError, did_you_mean
 
 
@@ -139,7 +139,8 @@ class ImageStream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
                 seen[sample] += 1
             seed = hashed_seed("view", self.seed, self.stage, int(self._epoch), sample, seen[sample])
             picture = decode_image(image, name=name, working_size=self._transform.working_size)
-            pixels = transformed(self._transform.prepared(picture), self._transform, seed)
+            with seeded(seed):
+                pixels = self._transform(self._transform.prepared(picture))
             yield {"pixel_values": pixels, "labels": torch.tensor(self._id_of(row[self._label], name))}
 
     def _id_of(self, label: Any, name: str) -> int:

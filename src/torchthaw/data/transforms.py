@@ -5,7 +5,6 @@ resolution that training needs, or the crop that evaluation sees, in 8 bits. Wha
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.data.augmentation import Augmentation
+from torchthaw.data.finishing import NOWHERE, Box, Normalisation, View
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -79,7 +79,7 @@ class TrainTransform:
         self._scale, self._ratio = augmentation.crop_scale, augmentation.crop_ratio
         self._crop = v2.RandomResizedCrop(self._size, scale=augmentation.crop_scale, ratio=augmentation.crop_ratio)
         self._flips = [(-1, augmentation.horizontal_flip), (-2, augmentation.vertical_flip)]
-        self._normalise = _Normalisation.of(processor)
+        self.normalisation = Normalisation.of(processor)
         changes = _changes(augmentation)
         self.changes = v2.Compose(changes) if changes else None
         self.erasing = v2.RandomErasing(augmentation.random_erasing) if augmentation.random_erasing else None
@@ -123,6 +123,10 @@ class TrainTransform:
 
     def __call__(self, prepared: Image.Image | Pixels, out: Tensor | None = None) -> Tensor:
         """Returns a random view of a prepared picture."""
+        return self.view(prepared).finished(self.normalisation, out)
+
+    def view(self, prepared: Image.Image | Pixels) -> View:
+        """Returns a random view before its last steps."""
         height, width = (prepared.height, prepared.width) if isinstance(prepared, Image.Image) else prepared.shape[:2]
         box = self._crop.make_params([torch.empty((3, height, width), device="meta")])
         top, left, bottom, right = box["top"], box["left"], box["top"] + box["height"], box["left"] + box["width"]
@@ -136,11 +140,14 @@ class TrainTransform:
                 pixels = pixels.flip(axis)
         if self.changes is not None:
             pixels = _tensor_of(self.changes(_picture_of(pixels)))
-        result = self._normalise(pixels, out)
-        if self.erasing is None:
-            return result
-        erased = self.erasing(result)
-        return erased if out is None or erased is out else out.copy_(erased)
+        return View(pixels, self._erased(pixels))
+
+    def _erased(self, pixels: Tensor) -> Box:
+        if self.erasing is None or torch.rand(1) >= self.erasing.p:
+            return NOWHERE
+        box = self.erasing.make_params([pixels])
+        # Without a value it found no place.
+        return NOWHERE if box["v"] is None else (box["i"], box["j"], box["i"] + box["h"], box["j"] + box["w"])
 
     @property
     def _reducing(self) -> v2.InterpolationMode:
@@ -163,7 +170,7 @@ class EvaluationTransform:
 
     def __init__(self, processor: TorchvisionImageProcessor) -> None:
         self._crop = processor.with_settings(do_rescale=False, do_normalize=False)
-        self._normalise = _Normalisation.of(processor)
+        self._normalise = Normalisation.of(processor)
 
     @property
     def key(self) -> dict[str, Any]:
@@ -234,39 +241,6 @@ def view_transform(processor: TorchvisionImageProcessor, augmentation: Augmentat
         if type(processor) is TorchvisionImageProcessor
         else ProcessorTransform(processor)
     )
-
-
-@dataclass(frozen=True)
-class _Normalisation:
-    """Scales 8-bit pixels and normalises them with the processor's operations, so that every bit is the same."""
-
-    divisor: float | None
-    factor: float | None
-    mean: Tensor | None
-    std: Tensor | None
-
-    @classmethod
-    def of(cls, processor: TorchvisionImageProcessor) -> "_Normalisation":
-        # The processor takes this factor for a division too, of which the last bit differs.
-        divides = processor.do_rescale and processor.rescale_factor == 1 / 255
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-        return cls(
-            divisor=255.0 if divides else None,
-            factor=processor.rescale_factor if processor.do_rescale and not divides else None,
-            mean=mean if processor.do_normalize else None,
-            std=std if processor.do_normalize else None,
-        )
-
-    def __call__(self, pixels: Tensor, out: Tensor | None) -> Tensor:
-        out = torch.empty(pixels.shape) if out is None else out
-        out.copy_(pixels)
-        if self.divisor is not None:
-            out.div_(self.divisor)
-        if self.factor is not None:
-            out.mul_(self.factor)
-        if self.mean is not None and self.std is not None:
-            out.sub_(self.mean).div_(self.std)
-        return out
 
 
 def _changes(augmentation: Augmentation) -> list[torch.nn.Module]:

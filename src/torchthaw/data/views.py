@@ -1,7 +1,9 @@
 """What a data loader draws from: images as tensors, each a pure function of (seed, stage, epoch, sample)."""
 
+import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -13,8 +15,9 @@ from torch.nn import functional as F
 
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.data.augmentation import Augmentation
+from torchthaw.data.finishing import Mixing, View, unfinished
 from torchthaw.data.images import decode_image
-from torchthaw.data.transforms import ImageTransform, view_transform
+from torchthaw.data.transforms import ImageTransform, TrainTransform, view_transform
 from torchthaw.errors import DataError
 
 
@@ -82,6 +85,7 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.transform: ImageTransform = view_transform(processor, augmentation)
         self.kept: KeptPictures | None = None
+        self._finishes = True
         self._labels = np.asarray(self.dataset["label"][:], dtype=np.int64)
         self._names = self.dataset["path"][:] if "path" in self.dataset.column_names else None
         self._files = _files_of(self.dataset)
@@ -109,6 +113,18 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         view = ImageView(self.dataset, processor, chosen, self.seed, stage, views)
         if view.transform.key == self.transform.key:
             view.kept = self.kept
+        return view
+
+    def left_unfinished(self) -> "ImageView":
+        """Returns this view with its last steps left to `finish`, which takes them for a batch on its device.
+
+        Samples then have `pixel_values` in uint8 and what else `finish` needs. Without augmentation there is nothing to
+        gain, and this view is returned.
+        """
+        if not isinstance(self.transform, TrainTransform):
+            return self
+        view = copy.copy(self)
+        view._finishes = False
         return view
 
     @property
@@ -143,6 +159,8 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
             IndexError: There is no such row.
         """
         row, repeat = self._row_and_repeat(index)
+        if not self._finishes:
+            return self._unfinished(row, repeat)
         pixels = self._view(row, repeat)
         if not self._mixes:
             return {"pixel_values": pixels, "labels": torch.tensor(self._labels[row])}
@@ -152,6 +170,9 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Returns the samples of a batch, as `__getitem__` does; where they have the same size, as one `Batch`."""
         first = self[indices[0]]
+        if not self._finishes:
+            samples = [first, *(self[index] for index in indices[1:])]
+            return Batch({key: torch.stack([sample[key] for sample in samples]) for key in first})
         if self.augmentation is None and not getattr(self.processor, "do_center_crop", False):
             return [first, *(self[index] for index in indices[1:])]
         stacked = {key: torch.empty((len(indices), *value.shape), dtype=value.dtype) for key, value in first.items()}
@@ -184,22 +205,45 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
             raise IndexError(f"row {row} of a data set with {len(self)} images")
         return int(row) % len(self), repeat
 
+    def _unfinished(self, row: int, repeat: int) -> dict[str, Tensor]:
+        view = self._drawn(row, repeat)
+        if not self._mixes:
+            return {**unfinished(view), "labels": torch.tensor(self._labels[row])}
+        partner, mixing = self._partner(row, repeat, *view.pixels.shape[-2:])
+        labels = self._mixed_labels(row, partner, mixing)
+        return {**unfinished(view, self._drawn(partner, 0), mixing), "labels": labels}
+
     def _mixed(self, pixels: Tensor, row: int, repeat: int) -> tuple[Tensor, Tensor]:
+        partner, mixing = self._partner(row, repeat, *pixels.shape[-2:])
+        return mixing(pixels, self._view(partner, 0)), self._mixed_labels(row, partner, mixing)
+
+    def _partner(self, row: int, repeat: int, height: int, width: int) -> tuple[int, Mixing]:
+        """Returns the row of an image's partner, and how they are combined."""
         assert self.augmentation is not None
         random = np.random.default_rng(self._seed_of(row, repeat, "mix"))
-        partner = int(random.integers(len(self)))
-        pixels, share = _mix(pixels, self._view(partner, 0), self.augmentation, random)
+        return int(random.integers(len(self))), Mixing.drawn(self.augmentation, height, width, random)
+
+    def _mixed_labels(self, row: int, partner: int, mixing: Mixing) -> Tensor:
         one_hot = F.one_hot(torch.from_numpy(self._labels[[row, partner]]), self.num_classes).float()
-        return pixels, share * one_hot[0] + (1 - share) * one_hot[1]
+        return mixing.share * one_hot[0] + (1 - mixing.share) * one_hot[1]
 
     def _view(self, row: int, repeat: int, out: Tensor | None = None) -> Tensor:
+        with seeded(self._seed_of(row, repeat, "view")):
+            return self.transform(self._prepared(row), out)
+
+    def _drawn(self, row: int, repeat: int) -> View:
+        assert isinstance(self.transform, TrainTransform)
+        with seeded(self._seed_of(row, repeat, "view")):
+            return self.transform.view(self._prepared(row))
+
+    def _prepared(self, row: int) -> Any:
         prepared: Any = None if self.kept is None else self.kept.pixels(row)
-        if prepared is None:
-            name = None if self._names is None else self._names[row]
-            prepared = self.transform.prepared(
-                decode_image(self.value(row), name=name, working_size=self.transform.working_size)
-            )
-        return transformed(prepared, self.transform, self._seed_of(row, repeat, "view"), out)
+        if prepared is not None:
+            return prepared
+        name = None if self._names is None else self._names[row]
+        return self.transform.prepared(
+            decode_image(self.value(row), name=name, working_size=self.transform.working_size)
+        )
 
     def _seed_of(self, index: int, repeat: int, purpose: str) -> int:
         if self.views is not None:
@@ -207,12 +251,13 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         return hashed_seed(purpose, self.seed, self.stage, int(self._epoch), index, *([repeat] if repeat else []))
 
 
-def transformed(prepared: Any, transform: ImageTransform, seed: int, out: Tensor | None = None) -> Tensor:
-    """Returns the tensor of a prepared picture, with a random transform that depends on the seed alone."""
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Lets torch's random numbers on the CPU depend on a seed alone while this lasts, and be as before afterwards."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators too, and with them dropout.
         torch.default_generator.manual_seed(seed)
-        return transform(prepared, out)
+        yield
 
 
 def hashed_seed(*parts: str | int) -> int:
@@ -236,22 +281,3 @@ def _files_of(dataset: Dataset) -> list[str] | None:
         return None
     images = dataset.select_columns(["image"]).with_format("arrow")[:]["image"].to_pylist()
     return None if None in images else [image["path"] for image in images]
-
-
-def _mix(
-    pixels: Tensor, partner: Tensor, augmentation: Augmentation, random: np.random.Generator
-) -> tuple[Tensor, float]:
-    """Combines two images; returns the result and the share of the first one in it."""
-    by_cutting = augmentation.cutmix > 0 and (augmentation.mixup == 0 or random.random() < 0.5)
-    alpha = augmentation.cutmix if by_cutting else augmentation.mixup
-    share = float(random.beta(alpha, alpha))
-    if not by_cutting:
-        return share * pixels + (1 - share) * partner, share
-    height, width = pixels.shape[-2:]
-    half = 0.5 * (1 - share) ** 0.5
-    row, column = random.integers(height), random.integers(width)
-    top, bottom = max(0, int(row - half * height)), min(height, int(row + half * height))
-    left, right = max(0, int(column - half * width)), min(width, int(column + half * width))
-    mixed = pixels.clone()
-    mixed[:, top:bottom, left:right] = partner[:, top:bottom, left:right]
-    return mixed, 1 - (bottom - top) * (right - left) / (height * width)

@@ -16,6 +16,7 @@ from torchthaw.backbones.borders import find_border
 from torchthaw.backbones.folding import FastForm, put_on_fast_form
 from torchthaw.data.caches.images import with_cached_images
 from torchthaw.data.caches.store import ArrayStore
+from torchthaw.data.finishing import finish, is_unfinished
 from torchthaw.data.views import ImageView, collate
 from torchthaw.data.workers import suggest_workers
 from torchthaw.training.frozen_part import BORDER_VALUES, BorderRows, FrozenPart, border_rows
@@ -54,6 +55,8 @@ class FrozenPartTrainer(PrecisionTrainer):
         self._choose_live_dtype(border, self.stage, 0 if self._form is None else self._form.folded)
         rows = self._rows_of(self.train_dataset, "train")
         self.train_dataset = self._with_pictures(self.train_dataset) if rows is None else rows
+        if self._finishes_batches() and isinstance(self.train_dataset, ImageView) and self.data_collator is collate:
+            self.train_dataset = self.train_dataset.left_unfinished()
 
     def _find_part(self) -> None:
         assert self.stage is not None
@@ -175,6 +178,15 @@ class FrozenPartTrainer(PrecisionTrainer):
         inputs = self._at_border(inputs, part)
         with part.border.resumed():
             return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _finishes_batches(self) -> bool:
+        """Whether the last steps of augmentation are the device's work, which is worth its transfer on a GPU."""
+        return self.args.device.type == "cuda"
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        data: Any = self.train_dataset
+        return finish(inputs, data.transform.normalisation) if is_unfinished(inputs) else inputs
 
     def _at_border(self, inputs: dict[str, Any], part: FrozenPart) -> dict[str, Any]:
         """Returns a batch in which values at the border stand as `pixel_values`."""
