@@ -130,6 +130,7 @@ def export(
         f"wrote {', '.join(result['files'])}",
         f"largest difference of the logits: {result['largest_difference']:.3g}",
     ]
+    lines += [result["note"]] if "note" in result else []
     _finish(result, as_json, "\n".join([*lines, *result.get("load", [])]))
 
 

@@ -103,6 +103,7 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path, validates: 
             cache_gb=recipe.cache_gb,
             frozen_precision=recipe.frozen_precision,
             live_precision=recipe.live_precision,
+            calibrate=recipe.calibrate,
             seed=recipe.seed,
             # Without being told, accelerate leaves several processes on CPUs to themselves.
             use_cpu=best_device().type == "cpu",

@@ -130,6 +130,8 @@ class Recipe(_Section):
             where it is faster on this machine and gives the same features.
         live_precision: What the part of the network that trains is computed in, likewise, where gradients are the
             same up to rounding. Weights stay in float32.
+        calibrate: What is done to the scores of the finished model: `none`, or `temperature`, which divides its logits
+            in eval mode by what fits the validation images best (Guo et al., 2017); predictions stay as they are.
         seed: Seed of everything random.
         output: Folder of the results.
         card: What the model card says that no run can know: license, intended use ...; see `CardOptions`.
@@ -170,6 +172,7 @@ class Recipe(_Section):
     cache_gb: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     frozen_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     live_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    calibrate: Literal["none", "temperature"] = "none"
     seed: int = Field(default=0, ge=0)
     output: str | None = None
     card: CardOptions = CardOptions()

@@ -82,6 +82,8 @@ def make_soup(
     described = soup.save(output)
     write_card(output)
     _report(soup, metric, len(images), output, reporter)
+    if soup.calibrated:
+        reporter.say(f"The scores of {', '.join(soup.calibrated)} were calibrated; those of the average are not.")
     return {**described, "metric": metric, "num_images": len(images), "output": output}
 
 

@@ -410,13 +410,34 @@ def test_findings_are_shown(run):
     findings = [{"name": "duplicates", "verdict": "fail", "count": 25, "summary": "in both splits", "advice": "split"}]
     (run / "audit.json").write_text(json.dumps({"verdict": "fail", "findings": findings}))
     diagnosis = [{"signal": "overfitting", "evidence": "loss 0.1 against 0.9", "advice": "augmentation: medium"}]
-    calibration = {"method": "temperature", "temperature": 1.25, "ece": {"test": {"before": 0.125, "after": 0.0625}}}
-    text = page(change(run, diagnosis=diagnosis, calibration=calibration, emissions_kg=0.0012345678)).text
+    text = page(change(run, diagnosis=diagnosis, emissions_kg=0.0012345678)).text
     assert "duplicates, fail, 25: in both splits. Advice: split" in text
     assert "overfitting: loss 0.1 against 0.9 Advice: augmentation: medium" in text
-    assert "calibrated by temperature with 1.2500" in text
-    assert "on the test images was 0.1250 before and is 0.0625 after" in text
     assert "1.23457 g CO2eq (codecarbon)" in text
+
+
+def test_what_calibration_did_is_shown_by_split(run):
+    calibration = {
+        "method": "temperature", "temperature": 1.25, "problem": None, "fitted_on": "validation", "num_images": 60,
+        "ece": {
+            "validation": {"before": 0.2, "cross_fitted": 0.1, "after": 0.05},
+            "test": {"before": 0.125, "after": 0.0625},
+        },
+        "loss": {"test": {"before": 0.5, "after": 0.4}},
+    }  # fmt: skip
+    seen = page(change(run, calibration=calibration))
+    assert "calibrated by temperature with 1.2500, fitted on 60 images of the validation split" in seen.text
+    assert "All other figures and plots here are of the calibrated scores." in seen.text
+    assert seen.table("split", "metric", "before") == [
+        ["test", "log loss", "0.5000", "0.4000", "-"],
+        ["validation", "expected calibration error", "0.2000", "0.0500", "0.1000"],
+        ["test", "expected calibration error", "0.1250", "0.0625", "-"],
+    ]
+    problem = calibration | {"temperature": 1.0, "problem": "their log loss is least at a temperature of 0.1 or below"}
+    text = page(change(run, calibration=problem)).text
+    assert "Scores are not calibrated: temperature was asked for" in text
+    assert "0.1 or below" in text
+    assert "cross-fitted" not in text
 
 
 def test_paths_of_a_machine_do_not_reach_the_card(run):

@@ -1,5 +1,6 @@
 """Configuration of a torchvision classifier within transformers."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ class TorchvisionConfig(PreTrainedConfig):
         transform_input: Whether GoogLeNet and Inception v3 convert images normalised with ImageNet's mean and
             standard deviation to the scale [-1, 1] that their published weights were trained with.
         pretrained_weights: What the network was initialised with before it was trained, for the record only.
+        temperature: What a classifier divides its logits by in eval mode, so that their softmax is calibrated; 1 leaves
+            them alone. In train mode it has no effect.
         id2label: Class names in the order of the logits, as a sequence or as a mapping from 0, 1, 2 ... to names.
         num_labels: Number of classes, which then are called `class_0`, `class_1` ...; needs no `id2label`.
             Without both there are 1000 classes, as torchvision builds it.
@@ -50,6 +53,7 @@ class TorchvisionConfig(PreTrainedConfig):
     aux_logits: bool = False
     transform_input: bool = False
     pretrained_weights: str | None = None
+    temperature: float = 1.0
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class TorchvisionConfig(PreTrainedConfig):
         aux_logits: bool = False,
         transform_input: bool = False,
         pretrained_weights: str | None = None,
+        temperature: float = 1.0,
         id2label: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
         num_labels: int | None = None,
         **kwargs: Any,
@@ -79,6 +84,8 @@ class TorchvisionConfig(PreTrainedConfig):
                 f"The auxiliary head of {architecture} needs images of at least {family.auxiliary_minimum} pixels, and "
                 f"image_size is {image_size}. Leave aux_logits out, or write a larger image_size."
             )
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number, and 1 for none; it is {temperature!r}.")
         if kwargs.get("problem_type") == "regression":
             raise ValueError(
                 "problem_type='regression' is not image classification. Leave it out, or write "
@@ -103,6 +110,7 @@ class TorchvisionConfig(PreTrainedConfig):
         self.aux_logits = aux_logits
         self.transform_input = transform_input
         self.pretrained_weights = pretrained_weights
+        self.temperature = float(temperature)
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key == "id2label":

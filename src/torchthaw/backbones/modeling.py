@@ -391,13 +391,16 @@ class TorchvisionForImageClassification(TorchvisionPreTrainedModel):
 
         Returns:
             `loss`, a scalar, if there are labels: cross entropy, in train mode plus 0.3 (GoogLeNet) or 0.4
-            (Inception v3) times that of each auxiliary head. `logits`, (batch, num_labels). `hidden_states`: one
-            tensor per layer group before the head, as the next group gets it.
+            (Inception v3) times that of each auxiliary head. `logits`, (batch, num_labels); in eval mode divided by
+            the configuration's `temperature`, as they then are in the loss. `hidden_states`: one tensor per layer
+            group before the head, as the next group gets it.
         """
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         ends = self._group_ends() if with_states else {}
         result, recorded = self._run(pixel_values, ends)
         logits, *auxiliary = result if isinstance(result, tuple) else (result,)
+        if not self.training and self.config.temperature != 1:
+            logits = logits / self.config.temperature
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config)

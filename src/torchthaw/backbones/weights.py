@@ -2,12 +2,14 @@
 
 import dataclasses
 import http.client
+import logging
 import math
 import pickle
 import urllib.parse
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.network import align_memory, with_version
 from torchthaw.backbones.state_dicts import first_line, listed, read_state_dict, rename_old_keys, unwrap
 from torchthaw.errors import WeightsError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
 BUILTIN_ARCHITECTURE = "shufflenet_v2_x0_5"
@@ -241,6 +245,8 @@ def _from_saved(architecture: str, source: str | Path) -> PretrainedWeights:
             f"{description} holds a {config.architecture}, not a {architecture}. Write from_torchvision("
             f"{config.architecture!r}, ...), or choose other weights for {architecture}."
         )
+    if config.temperature != 1:
+        _say_uncalibrated(description, config.temperature)
     return PretrainedWeights(
         architecture=architecture,
         state_dict=model.backbone.state_dict(),
@@ -249,6 +255,17 @@ def _from_saved(architecture: str, source: str | Path) -> PretrainedWeights:
         description=description,
         origin=source.name if isinstance(source, Path) else source,
         image_size=config.image_size,
+    )
+
+
+@lru_cache
+def _say_uncalibrated(description: str, temperature: float) -> None:
+    """Says once that only weights are taken."""
+    logger.warning(
+        "The scores of %s were calibrated, with a temperature of %g. Only its weights are taken: scores of the new "
+        "model are not calibrated.",
+        description,
+        temperature,
     )
 
 

@@ -133,18 +133,24 @@ class Diagnosis(_Part):
 
 
 class BeforeAfter(_Part):
-    """Expected calibration error before and after calibration."""
+    """A figure before and after calibration, and on the split that it was fitted on, cross-fitted."""
 
     before: float
     after: float
+    cross_fitted: float | None = None
 
 
 class Calibration(_Part):
-    """What was done to the scores, and the expected calibration error of each split."""
+    """What was done to the scores, and figures of each split; `problem` says why nothing was."""
 
     method: str | None = None
     temperature: float | None = None
+    problem: str | None = None
+    fitted_on: str | None = None
+    num_images: _Count | None = None
     ece: dict[str, BeforeAfter] = {}
+    loss: dict[str, BeforeAfter] = {}
+    brier: dict[str, BeforeAfter] = {}
 
 
 class Spread(_Part):

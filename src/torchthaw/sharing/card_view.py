@@ -8,7 +8,15 @@ import yaml
 from torchthaw.sharing.card_data import CardData
 from torchthaw.sharing.card_metadata import card_title, data_name, start_of_training
 from torchthaw.sharing.card_numbers import NONE, count, figure, interval, p_value, short
-from torchthaw.sharing.card_schema import ClassFigures, CrossValidation, Imbalance, Results, SplitFigures, StageResult
+from torchthaw.sharing.card_schema import (
+    Calibration,
+    ClassFigures,
+    CrossValidation,
+    Imbalance,
+    Results,
+    SplitFigures,
+    StageResult,
+)
 from torchthaw.sharing.markdown import one_line, shell_command
 from torchthaw.sharing.markdown import without_absolute_paths as portable
 
@@ -67,6 +75,7 @@ def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str,
         "reporting": reporting,
         "headline": _headline(measured),
         "metrics": _metrics(measured),
+        "calibration": _calibration(results.calibration) if results.calibration else None,
         "folds": _folds(results.cross_validation) if results.cross_validation else None,
         "most_frequent": _most_frequent(measured[reporting]) if reporting else None,
         "uncertain": {split: figures for split, figures in measured.items() if _is_uncertain(figures)},
@@ -249,6 +258,17 @@ def _metrics(measured: dict[str, SplitFigures]) -> Table | None:
         if any(getattr(figures, key) is not None for figures in measured.values())
     ]
     return _table(["metric", *measured], rows)
+
+
+def _calibration(calibration: Calibration) -> Table | None:
+    """Shows each figure of calibration by split; nothing where it changed nothing."""
+    rows = [
+        [split, name, figure(made.before), figure(made.after), figure(made.cross_fitted)]
+        for key, name in {**METRIC_NAMES, "brier": "Brier score"}.items()
+        for split, made in getattr(calibration, key, {}).items()
+        if calibration.problem is None
+    ]
+    return _table(["split", "metric", "before", "after", "cross-fitted"], rows)
 
 
 def _folds(crossed: CrossValidation) -> Table | None:

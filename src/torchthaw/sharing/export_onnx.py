@@ -40,6 +40,7 @@ class _Exported(nn.Module):
         super().__init__()
         self.network = model.backbone
         self.preprocessing = preprocessing
+        self.temperature = model.config.temperature
         self.scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
         mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
@@ -51,7 +52,8 @@ class _Exported(nn.Module):
             images = images.permute(0, 3, 1, 2).to(torch.float32) * self.scale
             images = (images - self.mean) / self.std
         logits = self.network(images)
-        return logits if isinstance(logits, Tensor) else logits[0]
+        logits = logits if isinstance(logits, Tensor) else logits[0]
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
 def export_onnx(
@@ -61,8 +63,9 @@ def export_onnx(
 
     The input `pixel_values` is (batch, 3, height, width) in float32, as the image processor makes it; with
     `preprocessing` the input `images` is (batch, height, width, 3) in uint8: RGB images that were resized and cropped
-    already, which ONNX cannot do as PIL does. The output `logits` is (batch, classes); their softmax are the scores.
-    The batch may have any size. Class names, preprocessing and versions are in the file's metadata.
+    already, which ONNX cannot do as PIL does. The output `logits` is (batch, classes); their softmax are the scores:
+    the temperature of calibrated ones is in the graph. The batch may have any size. Class names, preprocessing and
+    versions are in the file's metadata.
 
     Args:
         source: A folder or Hub repository that torchthaw saved.

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.errors import SavedModelError, SharingError
-from torchthaw.sharing.saved_models import image_shape, load_saved, new_folder, write_json
+from torchthaw.sharing.saved_models import image_shape, load_saved, new_folder, without_temperature, write_json
 from torchthaw.sharing.timm_names import TIMM_NAMES, renamed_for_timm, timm_arguments
 
 WEIGHTS_FILE = "model.safetensors"
@@ -29,8 +29,11 @@ def export_timm(source: str | Path, output: str | Path) -> dict[str, Any]:
         source: A folder or Hub repository that torchthaw saved.
         output: A folder to make, as timm keeps models on the Hub: `config.json` and `model.safetensors`.
 
+    The temperature of calibrated scores cannot go with it.
+
     Returns:
-        `files`, `architecture` (timm's name), `largest_difference` of the logits, and `load`, the lines of Python.
+        `files`, `architecture` (timm's name), `largest_difference` of the logits, and `load`, the lines of Python;
+        `note`, also in `config.json`, says what to do about a temperature.
 
     Raises:
         SharingError: there is no such model, timm has none with the same layers, timm is missing, or `output` exists.
@@ -56,7 +59,8 @@ def export_timm(source: str | Path, output: str | Path) -> dict[str, Any]:
     height, width = image_shape(model, processor)
     arguments = timm_arguments(architecture, height, width)
     options = {"num_classes": model.config.num_labels, **arguments}
-    with new_folder(output) as folder:
+    with without_temperature(model) as advice, new_folder(output) as folder:
+        note = {} if advice is None else {"note": advice}
         with _named_errors(name, timm.__version__):
             empty = timm.create_model(name, **options).state_dict()
         weights = renamed_for_timm(model.backbone.state_dict(), empty)
@@ -64,7 +68,7 @@ def export_timm(source: str | Path, output: str | Path) -> dict[str, Any]:
             raise SharingError(f"{name} of timm {timm.__version__} has other layers than torchvision's {architecture}")
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config = _config(model, processor, timm.get_pretrained_cfg(name).to_dict(), arguments)
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", {**config, **note})
         with _named_errors(name, timm.__version__):
             other = timm.create_model(name, **options, checkpoint_path=str(folder / WEIGHTS_FILE)).eval()
         images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -81,7 +85,7 @@ def export_timm(source: str | Path, output: str | Path) -> dict[str, Any]:
     written = ", ".join(f"{key}={value!r}" for key, value in {**options, "checkpoint_path": file}.items())
     load = ["import timm", f"model = timm.create_model({name!r}, {written}).eval()"]
     files = [str(Path(output) / "config.json"), file]
-    return {"files": files, "architecture": name, "largest_difference": difference, "load": load}
+    return {"files": files, "architecture": name, "largest_difference": difference, "load": load, **note}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,14 @@ import torchvision
 
 from torchthaw.backbones.network import network_options
 from torchthaw.errors import SavedModelError
-from torchthaw.sharing.saved_models import describe_input, image_shape, load_saved, new_folder, write_json
+from torchthaw.sharing.saved_models import (
+    describe_input,
+    image_shape,
+    load_saved,
+    new_folder,
+    without_temperature,
+    write_json,
+)
 
 WEIGHTS_FILE = "model.pth"
 DESCRIPTION_FILE = "model.json"
@@ -22,8 +29,11 @@ def export_torchvision(source: str | Path, output: str | Path) -> dict[str, Any]
         output: A folder to make, with `model.pth`, the state_dict, and `model.json`: class names in the order of the
             logits, preprocessing, and the lines of Python that load it.
 
+    The temperature of calibrated scores cannot go with it.
+
     Returns:
-        `files`, `largest_difference` of the logits (0.0) and `load`, the lines of Python.
+        `files`, `largest_difference` of the logits (0.0) and `load`, the lines of Python; `note`, also in
+        `model.json`, says what to do about a temperature.
 
     Raises:
         SharingError: there is no such model, or `output` exists.
@@ -44,9 +54,11 @@ def export_torchvision(source: str | Path, output: str | Path) -> dict[str, Any]
         f'model.load_state_dict(torch.load("{WEIGHTS_FILE}", weights_only=True))',
         "model.eval()",
     ]
-    with new_folder(output) as folder:
+    described = describe_input(model, processor)
+    with without_temperature(model) as advice, new_folder(output) as folder:
+        note = {} if advice is None else {"note": advice}
         torch.save(model.backbone.state_dict(), folder / WEIGHTS_FILE)
-        write_json(folder / DESCRIPTION_FILE, {**describe_input(model, processor), "load": load})
+        write_json(folder / DESCRIPTION_FILE, {**described, "load": load, **note})
         plain = torchvision.models.get_model(model.config.architecture, weights=None, **options).eval()
         plain.load_state_dict(torch.load(folder / WEIGHTS_FILE, weights_only=True))
         images = torch.randn(2, 3, *image_shape(model, processor), generator=torch.Generator().manual_seed(0))
@@ -58,4 +70,4 @@ def export_torchvision(source: str | Path, output: str | Path) -> dict[str, Any]
                 f"those of {source}; nothing was written"
             )
     files = [str(Path(output) / name) for name in (WEIGHTS_FILE, DESCRIPTION_FILE)]
-    return {"files": files, "largest_difference": difference, "load": load}
+    return {"files": files, "largest_difference": difference, "load": load, **note}

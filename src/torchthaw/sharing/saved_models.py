@@ -63,11 +63,15 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 
 def describe_input(model: TorchvisionForImageClassification, processor: TorchvisionImageProcessor) -> dict[str, Any]:
-    """Returns what somebody needs to use exported weights: architecture, class names, preprocessing."""
+    """Returns what somebody needs to use exported weights: architecture, class names, preprocessing.
+
+    Where scores are calibrated, also the temperature.
+    """
     return {
         "architecture": model.config.architecture,
         "classes": model.config.class_names,
         "problem_type": model.config.problem_type or "single_label_classification",
+        **({} if model.config.temperature == 1 else {"temperature": model.config.temperature}),
         "preprocessing": {
             "mode": "RGB, upright (EXIF orientation applied)",
             "resize": processor.size if processor.do_resize else None,
@@ -81,6 +85,24 @@ def describe_input(model: TorchvisionForImageClassification, processor: Torchvis
             "std": processor.image_std if processor.do_normalize else None,
         },
     }
+
+
+@contextmanager
+def without_temperature(model: TorchvisionForImageClassification) -> Iterator[str | None]:
+    """Lets a model give plain logits while the block runs.
+
+    Yields:
+        What somebody has to do who uses its weights in a network that knows of no temperature; None if it has none.
+    """
+    temperature, model.config.temperature = model.config.temperature, 1.0
+    advice = (
+        f"the scores are calibrated, but not by these weights alone: divide the logits by {temperature!r} before the "
+        "softmax. Predictions are the same without."
+    )
+    try:
+        yield None if temperature == 1 else advice
+    finally:
+        model.config.temperature = temperature
 
 
 def image_shape(model: TorchvisionForImageClassification, processor: TorchvisionImageProcessor) -> tuple[int, int]:

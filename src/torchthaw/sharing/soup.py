@@ -37,6 +37,7 @@ class Soup:
         score: Of the average, on the validation images.
         steps: What was tried, in order, each with its score.
         ingredients: Share of each saved model in the average.
+        calibrated: Temperature of each saved model whose scores were calibrated; those of the average are not.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Soup:
     score: float
     steps: list[dict[str, Any]]
     ingredients: dict[str, float]
+    calibrated: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def save(self, output: str | Path) -> dict[str, Any]:
         """Saves the model as a folder that loads anywhere, with `soup.json`; returns what that says.
@@ -57,6 +59,7 @@ class Soup:
             "score": self.score,
             "ingredients": self.ingredients,
             "steps": self.steps,
+            **({"calibration_dropped": self.calibrated} if self.calibrated else {}),
         }
         with new_folder(output) as folder:
             self.model.save_pretrained(folder)
@@ -97,6 +100,7 @@ def uniform_soup(folders: Sequence[str | Path], score: Score) -> Soup:
         SharingError: the models cannot be averaged.
     """
     models, processor = _load_alike(folders)
+    calibrated = _drop_temperatures(folders, models)
     names = [str(folder) for folder in folders]
     steps = [{"tried": [name], "score": _finite(score(model), name)} for name, model in zip(names, models, strict=True)]
     states = [_copy(model) for model in models]
@@ -105,7 +109,7 @@ def uniform_soup(folders: Sequence[str | Path], score: Score) -> Soup:
     mixed.load_state_dict(average_weights(states, shares))
     found = _finite(score(mixed), "the average")
     steps.append({"tried": names, "score": found})
-    return Soup("uniform", mixed, processor, found, steps, dict(zip(names, shares, strict=True)))
+    return Soup("uniform", mixed, processor, found, steps, dict(zip(names, shares, strict=True)), calibrated)
 
 
 def greedy_soup(folders: Sequence[str | Path], score: Score) -> Soup:
@@ -121,6 +125,7 @@ def greedy_soup(folders: Sequence[str | Path], score: Score) -> Soup:
         SharingError: the models cannot be averaged.
     """
     models, processor = _load_alike(folders)
+    calibrated = _drop_temperatures(folders, models)
     scores = [_finite(score(model), folder) for model, folder in zip(models, folders, strict=True)]
     states = [_copy(model) for model in models]
     order = sorted(range(len(models)), key=lambda number: -scores[number])
@@ -137,7 +142,8 @@ def greedy_soup(folders: Sequence[str | Path], score: Score) -> Soup:
             chosen, best = trial, found
     share = 1 / len(chosen)
     mixed.load_state_dict(average_weights([states[member] for member in chosen], [share] * len(chosen)))
-    return Soup("greedy", mixed, processor, best, steps, {str(folders[member]): share for member in chosen})
+    ingredients = {str(folders[member]): share for member in chosen}
+    return Soup("greedy", mixed, processor, best, steps, ingredients, calibrated)
 
 
 def wise_ft(start: str | Path, tuned: str | Path, score: Score, alphas: Sequence[float] = ALPHAS) -> Soup:
@@ -163,6 +169,7 @@ def wise_ft(start: str | Path, tuned: str | Path, score: Score, alphas: Sequence
             f"{tuned} cannot be mixed with itself; pass the weights from before the fine-tuning as start"
         )
     model, processor = load_saved(tuned)
+    calibrated = _drop_temperatures([tuned], [model])
     after = _copy(model)
     before = _start(start, model, tuned, processor)
     steps = []
@@ -173,7 +180,7 @@ def wise_ft(start: str | Path, tuned: str | Path, score: Score, alphas: Sequence
     alpha = best["alpha"]
     model.load_state_dict(average_weights([after, before], [alpha, 1 - alpha]))
     shares = {str(start): round(1 - alpha, 12), str(tuned): alpha}
-    return Soup("wise-ft", model, processor, best["score"], steps, shares)
+    return Soup("wise-ft", model, processor, best["score"], steps, shares, calibrated)
 
 
 def _start(
@@ -214,6 +221,16 @@ def _load_alike(
     for folder, (model, processor) in zip(folders[1:], loaded[1:], strict=True):
         _check_alike(folders[0], *first, folder, model, processor)
     return [model for model, _ in loaded], first[1]
+
+
+def _drop_temperatures(
+    folders: Sequence[str | Path], models: Sequence[TorchvisionForImageClassification]
+) -> dict[str, float]:
+    """Takes the temperatures out of models, since none fits other weights; returns what they were."""
+    found = {str(folder): model.config.temperature for folder, model in zip(folders, models, strict=True)}
+    for model in models:
+        model.config.temperature = 1.0
+    return {folder: temperature for folder, temperature in found.items() if temperature != 1}
 
 
 def _check_alike(

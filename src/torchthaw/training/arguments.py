@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from torchthaw.data.augmentation import Augmentation, make_augmentation
 from torchthaw.errors import PlanError, did_you_mean
+from torchthaw.evaluation.temperature import METHODS
 from torchthaw.stages.presets import PlanLike, make_plan
 from torchthaw.training.gate import GATES
 from torchthaw.training.imbalance import ImbalanceSettings
@@ -80,11 +81,13 @@ class ThawTrainingArguments(TrainingArguments):
             where the hardware has it, it is faster, and it gives the same features (see `frozen_dtype`).
         live_precision: What the part of the network that trains is computed in, likewise: `auto` takes bfloat16 where
             gradients are the same up to rounding (see `live_dtype`). Weights and optimizer stay in float32.
+        calibrate: `temperature` makes `save_run` fit a temperature on the validation images once training is over (see
+            `fit_temperature`); it goes into the model's configuration. Training and what it chooses by never see it.
 
     Raises:
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`, the gate is unknown or has no
-            validation to decide by, settings against imbalance contradict each other, or FSDP or DeepSpeed is asked
-            for.
+            validation to decide by, `calibrate` is unknown or has none to fit on, settings against imbalance contradict
+            each other, or FSDP or DeepSpeed is asked for.
     """
 
     plan: PlanArgument = "staged"
@@ -101,6 +104,7 @@ class ThawTrainingArguments(TrainingArguments):
     cache_gb: float = 10.0
     frozen_precision: str = "auto"
     live_precision: str = "auto"
+    calibrate: str = "none"
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -142,6 +146,7 @@ class ThawTrainingArguments(TrainingArguments):
         self._settle_gate()
         self._check_imbalance()
         self._check_speed()
+        self._check_calibration()
         # The order of the images must be the run's own on resume, whatever else has drawn random numbers.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         if self.accelerator_config is None and torch.cuda.is_available():
@@ -211,8 +216,23 @@ class ThawTrainingArguments(TrainingArguments):
                     f"unknown {key} {value!r}.{did_you_mean(value, PRECISIONS)} There are {', '.join(PRECISIONS)}."
                 )
 
+    def _validates(self) -> bool:
+        return str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+
+    def _check_calibration(self) -> None:
+        if self.calibrate not in METHODS:
+            raise PlanError(
+                f"unknown calibrate {self.calibrate!r}.{did_you_mean(self.calibrate, METHODS)} There are "
+                f"{', '.join(METHODS)}."
+            )
+        if self.calibrate != "none" and not self._validates():
+            raise PlanError(
+                f"calibrate is {self.calibrate!r}, but eval_strategy is 'no', so that there are no validation images "
+                "to fit it on; write eval_strategy='epoch', or calibrate='none'"
+            )
+
     def _settle_gate(self) -> None:
-        validates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+        validates = self._validates()
         if self.gate is None:
             self.gate = "best" if validates else "off"
         for key, value, choices in (("gate", self.gate, GATES), ("on_reject", self.on_reject, ON_REJECT)):

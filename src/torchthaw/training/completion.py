@@ -49,8 +49,14 @@ def complete_arguments(args: ThawTrainingArguments, model: TorchvisionForImageCl
     """Fills what depends on the backbone into arguments that were left open, and checks the plan against it.
 
     Raises:
-        PlanError: a stage does not fit the backbone, or names an optimizer or augmentation that does not exist.
+        PlanError: a stage does not fit the backbone, or names an optimizer or augmentation that does not exist; or a
+            temperature is asked for where images have several labels.
     """
+    if args.calibrate == "temperature" and model.config.problem_type == "multi_label_classification":
+        raise PlanError(
+            "calibrate is 'temperature', which is for scores of which one class takes what the others leave; the model "
+            "gives several labels an image. Write calibrate='none'"
+        )
     defaults = family_defaults(transformer=uses_transformer_recipe(model.config.architecture))
     if args.learning_rate is None:
         args.learning_rate = defaults.head_rate

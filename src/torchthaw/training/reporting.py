@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchthaw.data.views import ImageView
+from torchthaw.evaluation.temperature import TemperatureScaling
 from torchthaw.sharing.card import write_card
 from torchthaw.training import processes
 from torchthaw.training.datasets import as_view
@@ -63,7 +64,10 @@ class ReportingTrainer(PushingTrainer):
         """
         target = Path(folder or str(self.args.output_dir))
         test = as_view(test_dataset, self.model, self.processing_class, self.args, train=False)
-        return processes.on_main(lambda: self._save_run(target, test, facts or {}, prove, progress, started))
+        results = processes.on_main(lambda: self._save_run(target, test, facts or {}, prove, progress, started))
+        if "calibration" in results:
+            self.model.config.temperature = results["calibration"]["temperature"]
+        return results
 
     def diagnose(self) -> list[Finding]:
         """Says what the curves of the run, or of its stages so far, show; see `torchthaw.training.diagnosis`.
@@ -98,10 +102,17 @@ class ReportingTrainer(PushingTrainer):
         earlier = read_results(folder) or {}
         # A folder with results is a complete one, so they go first and come back last.
         (folder / RESULTS_FILE).unlink(missing_ok=True)
+        scaling = None
+        if self.args.calibrate == "temperature":
+            scaling = TemperatureScaling(seed=self.args.seed)
+            self.model.config.temperature = scaling.temperature
         self.model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        results = self._measure(folder, test, facts or {}, progress)
+        results = self._measure(folder, test, facts or {}, progress, scaling)
+        if scaling is not None:
+            self.model.config.temperature = scaling.temperature
+            self.model.config.save_pretrained(folder)
         # Measuring the same weights again, after a crash, is no second look.
         again = "test" in earlier and earlier["model"] == results["model"]
         results["test_reads"] = earlier.get("test_reads", 0) + int("test" in results and not again)
@@ -116,7 +127,14 @@ class ReportingTrainer(PushingTrainer):
         write_card(folder)
         return results
 
-    def _measure(self, folder: Path, test: Any, facts: Mapping[str, Any], progress: ProgressBars) -> dict[str, Any]:
+    def _measure(
+        self,
+        folder: Path,
+        test: Any,
+        facts: Mapping[str, Any],
+        progress: ProgressBars,
+        scaling: TemperatureScaling | None,
+    ) -> dict[str, Any]:
         """Measures the weights of the model, and collects what else `results.json` holds but the environment."""
         views = {"train": self._train_data, "validation": self._validation_view(), "test": test}
         views = {split: view for split, view in views.items() if view is not None}
@@ -131,6 +149,7 @@ class ReportingTrainer(PushingTrainer):
             seed=self.args.seed,
             collate_fn=self.data_collator,
             progress=progress,
+            scaling=scaling,
         )
         counts = {split: _counts(view) for split, view in views.items() if isinstance(view, ImageView)}
         sizes = {split: len(view) for split, view in views.items() if hasattr(view, "__len__")}
@@ -149,6 +168,7 @@ class ReportingTrainer(PushingTrainer):
             "num_images": sizes,
             "classes": self.model.config.class_names,
             **figures,
+            **({} if scaling is None else {"calibration": scaling.to_dict()}),
             "gate": {"gate": self.args.gate, "min_gain": self.args.min_gain, "on_reject": self.args.on_reject},
             "stages": [record.to_dict() for record in records],
             "diagnosis": [finding.to_dict() for finding in self.diagnose()],

@@ -27,6 +27,7 @@ from torchthaw.evaluation.files import replacing
 from torchthaw.evaluation.inference import predict_split
 from torchthaw.evaluation.measuring import measure_split
 from torchthaw.evaluation.plots import plot_curves, plot_learning_rates
+from torchthaw.evaluation.temperature import TemperatureScaling
 from torchthaw.sharing.fresh_process import check_saved_folder
 from torchthaw.training.records import StageRecord
 from torchthaw.training.timing import peak_memory_mb
@@ -69,6 +70,7 @@ def measure_views(
     seed: int,
     collate_fn: Callable[..., Any],
     progress: ProgressBars = no_progress,
+    scaling: TemperatureScaling | None = None,
 ) -> dict[str, Any]:
     """Measures the weights that the model has on each split; writes predictions and plots.
 
@@ -81,6 +83,7 @@ def measure_views(
         seed: Of the bootstrap intervals.
         collate_fn: Makes a batch of samples.
         progress: Shows a bar.
+        scaling: Is fitted and applied to the logits, which are those of a model without a temperature.
 
     Returns:
         The figures by split.
@@ -92,6 +95,8 @@ def measure_views(
                 model, view, batch_size=batch_size, num_workers=num_workers, on_progress=bar.update,
                 collate_fn=collate_fn,
             )  # fmt: skip
+        if scaling is not None:
+            logits = scaling(split, logits, labels)
         paths = view.dataset["path"] if isinstance(view, ImageView) and "path" in view.dataset.column_names else None
         figures[split] = measure_split(split, logits, labels, model.config.class_names, folder, paths=paths, seed=seed)
     return figures

@@ -7,6 +7,7 @@ are kept. The private methods that are overridden were read in transformers 5.23
 
 import dataclasses
 import gc
+import logging
 import math
 import shutil
 import time
@@ -45,6 +46,8 @@ from torchthaw.training.resume import (
     write_journal,
 )
 from torchthaw.training.stage_end import conclude
+
+logger = logging.getLogger(__name__)
 
 RETRY_FACTOR = 0.1
 
@@ -136,6 +139,12 @@ class StagedTrainer(FrozenPartTrainer):
         self._planned_steps, self._planned_epochs = self._plan_lengths()
         self._identity = self._describe_run(self._planned_steps)
         check_same_everywhere(self._identity)
+        if self.model.config.temperature != 1:
+            logger.warning(
+                "The scores of this model were calibrated, with a temperature of %g. Training starts without one.",
+                self.model.config.temperature,
+            )
+            self.model.config.temperature = 1.0
         # A new head is drawn by each process for itself.
         processes.share_state(self.model)
         # A run that was interrupted in this process leaves what it did since its last checkpoint.
