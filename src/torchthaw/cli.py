@@ -126,7 +126,10 @@ def train(
 
     # What to write to do it again.
     command = shlex.join(["torchthaw", *(word for word in sys.argv[1:] if word != "--resume")])
-    results = run_recipe(checked, Reporter(quiet=quiet), resume=resume, command=command, profile=profile)
+    file = Path(recipe) if Path(recipe).is_file() else None
+    results = run_recipe(
+        checked, Reporter(quiet=quiet), resume=resume, command=command, profile=profile, recipe_file=file
+    )
     if as_json and is_main():
         _print_json(results)
 
@@ -187,29 +190,50 @@ def audit(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: `torchthaw evaluate thaw-staged --data photos --split validation`")
+@app.command(
+    epilog="Examples: `torchthaw evaluate thaw-staged --data photos --split validation`; the run's own validation "
+    "images: `torchthaw evaluate thaw-staged`"
+)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder or Hub repository that torchthaw saved.")],
-    data: Annotated[str, typer.Option("--data", "-d", help="Folder of images, parquet file, or Hub data set.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", "-d", help="Folder of images, parquet file, or Hub data set; by default the run's, cut as there."
+        ),
+    ] = None,
     split: Annotated[str, typer.Option("--split", "-s", help="train, validation or test.")] = "validation",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure the test images of the run once more; it is recorded.")
+    ] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Show precision, recall and F1 by class.")] = False,
+    confusion: Annotated[bool, typer.Option("--confusion", help="Show which classes are taken for which.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a saved model on labelled images."""
-    from torchthaw.console import Reporter
-    from torchthaw.use import evaluate_saved
+    """Measure a saved model on labelled images.
 
-    reporter = Reporter(quiet=quiet)
-    figures = evaluate_saved(model, data, split, batch_size=batch_size, reporter=reporter)
+    The test images of its run were measured once, after everything was chosen. Measuring them again takes `--again`,
+    and is recorded in the run's results.json and card.
+    """
+    from torchthaw.console import Reporter
+    from torchthaw.evaluations import evaluate_saved
+    from torchthaw.figure_tables import show_figures
+
+    figures = evaluate_saved(
+        model,
+        data,
+        split,
+        batch_size=batch_size,
+        again=again,
+        command=shlex.join(["torchthaw", *sys.argv[1:]]),
+        reporter=Reporter(quiet=quiet),
+    )
     if as_json:
         _print_json(figures)
-        return
-    low, high = figures["accuracy_interval"]
-    print(f"images        {figures['num_images']}")
-    print(f"accuracy      {figures['accuracy']:.4f}  (95 % interval {low:.4f} to {high:.4f})")
-    for name in ("macro_f1", "balanced_accuracy", "loss", "ece"):
-        print(f"{name.replace('_', ' '):<18}{figures[name]:.4f}")
+    else:
+        show_figures(figures, per_class=per_class, confusion=confusion)
 
 
 @app.command(epilog="Example: `torchthaw predict thaw-staged photos/new cat.jpg --json`")

@@ -369,6 +369,11 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
             f"{where} asks for a cross-validation and a push to {recipe.push.repo}, but without a final model there is "
             "nothing to push; write cv_final: true, or leave push out"
         )
+    if recipe.cv is not None and recipe.calibrate != "none":
+        raise RecipeError(
+            f"{where} has calibrate: {recipe.calibrate} and cv: {recipe.cv}, but the final model of a cross-validation "
+            "has no validation images to fit it on; write calibrate: none, or leave cv out"
+        )
     ImbalanceSettings.of(recipe).check()
     plan = recipe.stage_plan()
     if recipe.augmentation is not None:

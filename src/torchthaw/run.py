@@ -40,6 +40,7 @@ def run_recipe(
     resume: bool = False,
     command: str | None = None,
     profile: bool = False,
+    recipe_file: Path | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates and saves what a recipe asks for.
 
@@ -52,6 +53,7 @@ def run_recipe(
             would have without the interruption.
         command: The command line that asked for it, for the model card.
         profile: Whether to find out what bounds the speed of each stage; see `ProfileCallback`.
+        recipe_file: The file that the recipe was read from, whose commit is recorded.
 
     Returns:
         The content of `results.json`.
@@ -74,7 +76,7 @@ def run_recipe(
     check_model(recipe)
     _check_push(recipe)
     data = prepare_images(recipe, reporter)
-    job = Job(recipe, data, selection_metric(recipe, data), output, command, resume, started, profile)
+    job = Job(recipe, data, selection_metric(recipe, data), output, command, resume, started, profile, recipe_file)
     results = _run(job, reporter) if recipe.cv is None else cross_validate(job, reporter)
     _push(recipe, output, reporter)
     return results

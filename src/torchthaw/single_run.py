@@ -20,6 +20,7 @@ from torchthaw.training.bottlenecks import PARTS
 from torchthaw.training.callbacks import DiagnosisCallback, ProgressCallback
 from torchthaw.training.diagnosis import Finding
 from torchthaw.training.profiling import ProfileCallback
+from torchthaw.training.provenance import git_state
 from torchthaw.training.resume import has_checkpoint
 from torchthaw.training.trainer import ThawTrainer
 
@@ -39,6 +40,7 @@ class Job:
         resume: Whether to go on from the last whole checkpoint in `output`.
         started: When the work began, by `time.monotonic()`.
         profile: Whether to find out what bounds the speed of each stage.
+        recipe_file: The file that the recipe was read from; None for one that comes with torchthaw.
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class Job:
     resume: bool = False
     started: float = field(default_factory=time.monotonic)
     profile: bool = False
+    recipe_file: Path | None = None
 
 
 def make_trainer(job: Job) -> ThawTrainer:
@@ -117,6 +120,7 @@ def recipe_facts(job: Job) -> dict[str, Any]:
         },
         "dropped_images": [{"path": bad.path, "reason": bad.reason} for bad in data.bad_images],
         "command": job.command,
+        "recipe": {} if job.recipe_file is None else git_state(job.recipe_file),
         "card": recipe.card.model_dump(mode="json", exclude_defaults=True),
     }
 

@@ -17,11 +17,13 @@ from torchthaw.data.views import ImageView
 from torchthaw.data_preparation import load_data, prepare_data
 from torchthaw.errors import DataError, SharingError
 from torchthaw.evaluation.inference import best_device, predict_split
+from torchthaw.evaluation.looks import count_test_images, digests_of, read_digests
 from torchthaw.evaluation.metrics import classification_metrics
 from torchthaw.recipe import DataRecipe, Recipe, load_recipe
 from torchthaw.sharing.card import write_card
 from torchthaw.sharing.saved_models import load_saved
 from torchthaw.sharing.soup import Soup, greedy_soup, uniform_soup, wise_ft
+from torchthaw.training.results import read_results
 
 METRICS = ("accuracy", "macro_f1", "balanced_accuracy")
 
@@ -97,6 +99,8 @@ def _validation_images(
                 f"{data} has no split {split!r}; it has {', '.join(splits)}. Pass --split, or leave out --data to take "
                 "the validation images of the runs' recipe"
             )
+        for run in runs:
+            _refuse_test_images(run, splits[split])
         return check_images(splits[split], progress=not reporter.quiet)[0]
     recipes = [_recipe(run) for run in runs]
     first = recipes[0]
@@ -116,6 +120,15 @@ def _validation_images(
             "split and train again"
         )
     return prepared.splits["validation"]
+
+
+def _refuse_test_images(run: str, images: Dataset) -> None:
+    folder = Path(run)
+    if folder.is_dir() and count_test_images(read_results(folder) or {}, read_digests(folder), digests_of(images)):
+        raise SharingError(
+            f"these images are test images of {run}, and an average that is chosen by them has no honest test left; "
+            "pass validation images"
+        )
 
 
 def _recipe(run: str) -> Recipe:

@@ -1,4 +1,4 @@
-"""What the command line does with saved models: evaluate, predict, list."""
+"""What the command line does with saved models and backbones: load, predict, list."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +16,8 @@ from torchthaw.backbones.weights import describe_backbones
 from torchthaw.console import Reporter, hide_loading_bars
 from torchthaw.data.images import check_images, image_extensions
 from torchthaw.data.views import ImageView
-from torchthaw.data_preparation import load_data
 from torchthaw.errors import DataError, ThawError, did_you_mean
 from torchthaw.evaluation.inference import best_device, predict_logits
-from torchthaw.evaluation.metrics import classification_metrics
-from torchthaw.recipe import DataRecipe
 from torchthaw.sharing.saved_models import load_saved
 
 
@@ -34,30 +31,6 @@ def load_on_device(source: str) -> tuple[TorchvisionForImageClassification, Torc
     model, processor = load_saved(source)
     cast(nn.Module, model).to(best_device())
     return model, processor
-
-
-def evaluate_saved(source: str, data: str, split: str, *, batch_size: int = 32, reporter: Reporter) -> dict[str, Any]:
-    """Measures a saved model on one split of labelled images; labels are matched to its classes by name.
-
-    Returns:
-        What `classification_metrics` gives, with `model`, `data` and `split`.
-
-    Raises:
-        DataError: the data has no such split, or a class that the model does not know.
-    """
-    model, processor = load_on_device(source)
-    names = model.config.class_names
-    splits = load_data(DataRecipe(path=data, group="none"), class_names=names)
-    if split not in splits:
-        raise DataError(
-            f"{data} has no split {split!r}.{did_you_mean(split, splits)} It has {', '.join(splits)}; "
-            f"pass --split {next(iter(splits))}"
-        )
-    images, _ = check_images(splits[split], progress=not reporter.quiet)
-    with reporter.progress(f"evaluating {split}", len(images)) as bar:
-        logits = predict_logits(model, ImageView(images, processor), batch_size=batch_size, on_progress=bar.update)
-    figures = classification_metrics(logits, np.asarray(images["label"]), names)
-    return {"model": source, "data": data, "split": split, **figures}
 
 
 def predict_paths(

@@ -153,6 +153,13 @@ class Calibration(_Part):
     brier: dict[str, BeforeAfter] = {}
 
 
+class TestLook(_Part):
+    """One time that the test images were measured: when, in UTC, and by which command."""
+
+    time: str
+    by: str | None = None
+
+
 class Spread(_Part):
     """A figure over the folds of a cross-validation; `std` is the sample standard deviation."""
 
@@ -220,6 +227,7 @@ class Results(_Part):
     model: ModelFacts = ModelFacts()
     data: DataFacts = DataFacts()
     test_reads: _Count | None = None
+    test_looks: tuple[TestLook, ...] = ()
     command: str | None = None
     date: str | None = None
     hardware: Hardware | None = None

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from torchthaw.data.views import ImageView
+from torchthaw.evaluation.looks import describe_images, describe_look, digests_of, write_digests
 from torchthaw.evaluation.temperature import TemperatureScaling
 from torchthaw.sharing.card import write_card
 from torchthaw.training import processes
 from torchthaw.training.datasets import as_view
 from torchthaw.training.diagnosis import Course, Finding, diagnose
+from torchthaw.training.provenance import describe_recipe
 from torchthaw.training.pushing import PushingTrainer
 from torchthaw.training.results import (
-    RESULTS_FILE,
     ProgressBars,
     describe_environment,
     describe_model,
@@ -25,6 +26,7 @@ from torchthaw.training.results import (
     no_progress,
     prove_saved,
     read_results,
+    set_results_aside,
     write_results,
 )
 
@@ -99,9 +101,8 @@ class ReportingTrainer(PushingTrainer):
         progress: ProgressBars = no_progress,
         started: float | None = None,
     ) -> dict[str, Any]:
-        earlier = read_results(folder) or {}
         # A folder with results is a complete one, so they go first and come back last.
-        (folder / RESULTS_FILE).unlink(missing_ok=True)
+        earlier = set_results_aside(folder)
         scaling = None
         if self.args.calibrate == "temperature":
             scaling = TemperatureScaling(seed=self.args.seed)
@@ -113,9 +114,7 @@ class ReportingTrainer(PushingTrainer):
         if scaling is not None:
             self.model.config.temperature = scaling.temperature
             self.model.config.save_pretrained(folder)
-        # Measuring the same weights again, after a crash, is no second look.
-        again = "test" in earlier and earlier["model"] == results["model"]
-        results["test_reads"] = earlier.get("test_reads", 0) + int("test" in results and not again)
+        results |= _looks(earlier, results)
         if prove:
             proof = prove_saved(folder, self.model, self._proof_view())
             results |= {} if proof is None else {"saved_folder": proof}
@@ -151,6 +150,11 @@ class ReportingTrainer(PushingTrainer):
             progress=progress,
             scaling=scaling,
         )
+        # By content, since paths and splits may be others later.
+        has_files = "test" in figures and isinstance(test, ImageView) and "path" in test.dataset.column_names
+        digests = digests_of(test.dataset) if has_files else []
+        if digests:
+            write_digests(folder, digests)
         counts = {split: _counts(view) for split, view in views.items() if isinstance(view, ImageView)}
         sizes = {split: len(view) for split, view in views.items() if hasattr(view, "__len__")}
         given = dict(facts)
@@ -168,6 +172,8 @@ class ReportingTrainer(PushingTrainer):
             "num_images": sizes,
             "classes": self.model.config.class_names,
             **figures,
+            **({"test_images": describe_images(digests)} if digests else {}),
+            "recipe": {**describe_recipe(folder), **given.pop("recipe", {})},
             **({} if scaling is None else {"calibration": scaling.to_dict()}),
             "gate": {"gate": self.args.gate, "min_gain": self.args.min_gain, "on_reject": self.args.on_reject},
             "stages": [record.to_dict() for record in records],
@@ -241,6 +247,21 @@ class ReportingTrainer(PushingTrainer):
         elif given:
             write_results(folder, {**results, "card": {**results.get("card", {}), **given}})
             write_card(folder)
+
+
+def _looks(earlier: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how often test images were measured (`test_reads`), and a record of each time (`test_looks`)."""
+    looks = {"test_reads": earlier.get("test_reads", 0), "test_looks": list(earlier.get("test_looks", []))}
+    # Measuring the same images with the same weights again, after a crash, is no second look.
+    if "test" in results and ("test" not in earlier or _measured(earlier) != _measured(results)):
+        looks["test_reads"] += 1
+        look = describe_look("train", results["test"], command=results.get("command"), recipe=results["recipe"])
+        looks["test_looks"].append(look)
+    return looks
+
+
+def _measured(results: Mapping[str, Any]) -> Any:
+    return results.get("model"), results.get("test_images")
 
 
 def _counts(view: ImageView) -> dict[str, int]:

@@ -33,6 +33,7 @@ from torchthaw.training.records import StageRecord
 from torchthaw.training.timing import peak_memory_mb
 
 RESULTS_FILE = "results.json"
+_ASIDE = ".results.json.earlier"
 WEIGHTS_FILE = "model.safetensors"
 # Enough to see that another preprocessing or class order is at work, in a second or two.
 _IMAGES_TO_CHECK = 16
@@ -179,11 +180,32 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Writes `results.json`, complete or not at all."""
     with replacing(folder / RESULTS_FILE) as temporary:
         temporary.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    (folder / _ASIDE).unlink(missing_ok=True)
+
+
+def set_results_aside(folder: Path) -> dict[str, Any]:
+    """Takes `results.json` out of a folder that is no longer complete, until `write_results` writes another one.
+
+    Returns:
+        What it held, or what it held before an earlier attempt that came to no end; of the two, what knows of more
+        looks at the test images.
+    """
+    aside = folder / _ASIDE
+    found = [results for results in (read_results(folder), _read(aside)) if results]
+    earlier: dict[str, Any] = max(found, key=lambda results: results.get("test_reads", 0), default={})
+    if earlier:
+        with replacing(aside) as temporary:
+            temporary.write_text(json.dumps(earlier), encoding="utf-8")
+    (folder / RESULTS_FILE).unlink(missing_ok=True)
+    return earlier
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
     """Returns what `results.json` holds; None if there is none."""
-    file = folder / RESULTS_FILE
+    return _read(folder / RESULTS_FILE)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
     return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 

@@ -1,0 +1,95 @@
+"""Figures of an evaluation as tables on stdout."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from torchthaw.console import printable
+
+_WIDTH_OF_FILES = 200
+_INTERVALS = {"accuracy": "accuracy_interval", "macro_f1": "macro_f1_interval"}
+_NAMES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "balanced_accuracy": "balanced accuracy",
+    "weighted_f1": "weighted F1",
+    "top5_accuracy": "top-5 accuracy",
+    "auroc": "AUROC",
+    "loss": "log loss (nats)",
+    "ece": "expected calibration error",
+    "brier": "Brier score",
+}
+# A wider matrix is not readable on a terminal; then the most frequent confusions are listed.
+_WIDEST_MATRIX = 12
+_CONFUSIONS = 20
+
+
+def show_figures(figures: Mapping[str, Any], *, per_class: bool = False, confusion: bool = False) -> None:
+    """Prints figures on stdout.
+
+    Args:
+        figures: What `evaluate_saved` gives.
+        per_class: Whether to show those of each class.
+        confusion: Whether to show which classes are taken for which.
+    """
+    # In a file there is no edge to wrap at.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
+    calibrated = f", scores calibrated by temperature {figures['temperature']:.4g}" if "temperature" in figures else ""
+    table = _table(
+        f"{figures['split']}, {figures['num_images']} images{calibrated}", "metric", "value", "95 % interval"
+    )
+    for key, name in _NAMES.items():
+        if key not in figures:
+            continue
+        value = figures[key]
+        low, high = figures.get(_INTERVALS.get(key, ""), (None, None))
+        interval = "" if low is None else f"{low:.4f} to {high:.4f}"
+        table.add_row(name, "-" if value is None else f"{value:.4f}", interval)
+    console.print(table)
+    if per_class:
+        table = _table("by class", "class", "precision", "recall", "F1", "images")
+        for name, of in figures["per_class"].items():
+            shown = [f"{of[key]:.4f}" if of["support"] else "-" for key in ("precision", "recall", "f1")]
+            table.add_row(_safe(name), *shown, str(of["support"]))
+        console.print(table)
+    if confusion:
+        console.print(_confusion(figures))
+    if "test_reads" in figures:
+        console.print(f"These are the test images of the run; they have been measured {figures['test_reads']} times.")
+
+
+def _confusion(figures: Mapping[str, Any]) -> Table | str:
+    names = list(figures["per_class"])
+    matrix = figures.get("confusion_matrix")
+    if matrix is None:
+        return f"There are {len(names)} classes, too many for a confusion matrix."
+    if len(names) <= _WIDEST_MATRIX:
+        table = _table("true classes in rows, predicted ones in columns", "", *map(_safe, names))
+        for name, row in zip(names, matrix, strict=True):
+            table.add_row(_safe(name), *map(str, row))
+        return table
+    pairs = [
+        (number, true, predicted)
+        for true, row in zip(names, matrix, strict=True)
+        for predicted, number in zip(names, row, strict=True)
+        if number and predicted != true
+    ]
+    table = _table("the most frequent confusions", "class", "taken for", "images")
+    for number, true, predicted in sorted(pairs, key=lambda pair: -pair[0])[:_CONFUSIONS]:
+        table.add_row(_safe(true), _safe(predicted), str(number))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=escape(title), title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return table
+
+
+def _safe(text: str) -> str:
+    return escape(printable(text))
