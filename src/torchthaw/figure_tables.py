@@ -39,9 +39,8 @@ def show_figures(figures: Mapping[str, Any], *, per_class: bool = False, confusi
     # In a file there is no edge to wrap at.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
     calibrated = f", scores calibrated by temperature {figures['temperature']:.4g}" if "temperature" in figures else ""
-    table = _table(
-        f"{figures['split']}, {figures['num_images']} images{calibrated}", "metric", "value", "95 % interval"
-    )
+    console.print(f"{_safe(figures['split'])}, {figures['num_images']} images{calibrated}")
+    table = _table("metric", "value", "95 % interval")
     for key, name in _NAMES.items():
         if key not in figures:
             continue
@@ -51,7 +50,7 @@ def show_figures(figures: Mapping[str, Any], *, per_class: bool = False, confusi
         table.add_row(name, "-" if value is None else f"{value:.4f}", interval)
     console.print(table)
     if per_class:
-        table = _table("by class", "class", "precision", "recall", "F1", "images")
+        table = _table("class", "precision", "recall", "F1", "images")
         for name, of in figures["per_class"].items():
             shown = [f"{of[key]:.4f}" if of["support"] else "-" for key in ("precision", "recall", "f1")]
             table.add_row(_safe(name), *shown, str(of["support"]))
@@ -68,7 +67,7 @@ def _confusion(figures: Mapping[str, Any]) -> Table | str:
     if matrix is None:
         return f"There are {len(names)} classes, too many for a confusion matrix."
     if len(names) <= _WIDEST_MATRIX:
-        table = _table("true classes in rows, predicted ones in columns", "", *map(_safe, names))
+        table = _table("true class \\ predicted", *map(_safe, names))
         for name, row in zip(names, matrix, strict=True):
             table.add_row(_safe(name), *map(str, row))
         return table
@@ -78,14 +77,14 @@ def _confusion(figures: Mapping[str, Any]) -> Table | str:
         for predicted, number in zip(names, row, strict=True)
         if number and predicted != true
     ]
-    table = _table("the most frequent confusions", "class", "taken for", "images")
+    table = _table("class", "taken for", "images")
     for number, true, predicted in sorted(pairs, key=lambda pair: -pair[0])[:_CONFUSIONS]:
         table.add_row(_safe(true), _safe(predicted), str(number))
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=escape(title), title_justify="left")
+def _table(*columns: str) -> Table:
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     return table
