@@ -24,9 +24,10 @@ LAYERS = [
     {"single_run"},
     {"cross_validation"},
     {"run", "dry_run"},
-    {"use", "audits"},
+    {"use", "audits", "rate_search"},
     {"evaluations", "soups"},
-    {"cli_sharing"},
+    {"cli_options", "cli_sharing"},
+    {"cli_find_lr"},
     {"cli"},
     {"__main__"},
 ]

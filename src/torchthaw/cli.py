@@ -11,6 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from torchthaw._version import __version__
+from torchthaw.cli_find_lr import app as find_lr_command
+from torchthaw.cli_options import (
+    BackboneOption,
+    DataOption,
+    RecipeArgument,
+    SetOption,
+    WeightsOption,
+    recipe_overrides,
+)
 from torchthaw.cli_sharing import JsonOption, QuietOption
 from torchthaw.cli_sharing import app as sharing_commands
 from torchthaw.errors import ThawError
@@ -23,11 +32,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-DataOption = Annotated[
-    str | None,
-    typer.Option("--data", "-d", help="Folder of images, parquet file, Hub data set (user/name), or builtin:digits."),
-]
 
 
 class SplitUnit(str, Enum):
@@ -70,19 +74,15 @@ def _common(
 
 @app.command(epilog="Example: `torchthaw train staged --data photos --backbone resnet50 --output run1`")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with torchthaw.")],
+    recipe: RecipeArgument,
     data: DataOption = None,
-    backbone: Annotated[str | None, typer.Option("--backbone", "-b", help="Name of a torchvision model.")] = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", "-w", help="Name of torchvision's weights, a file, or a folder.")
-    ] = None,
+    backbone: BackboneOption = None,
+    weights: WeightsOption = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
     push: Annotated[
         str | None, typer.Option("--push", help="Push the finished run to this repository on the Hub (user/name).")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any key of the recipe, as key.sub=value; repeatable.")
-    ] = None,
+    set_: SetOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder where it was interrupted.")
     ] = False,
@@ -100,14 +100,10 @@ def train(
     On several devices: `torchrun --nproc_per_node 2 -m torchthaw train ...`, or `accelerate launch`. After a crash:
     the same command with `--resume`, or `torchthaw train run1/recipe.yaml --resume`.
     """
-    from torchthaw.recipe import load_recipe, parse_override
+    from torchthaw.recipe import load_recipe
 
-    overrides = dict(parse_override(text) for text in set_ or [])
     given = {"data.path": data, "backbone": backbone, "weights": weights, "output": output, "push.repo": push}
-    overrides.update({key: value for key, value in given.items() if value is not None})
-    if data is not None:
-        overrides["data.name"] = None
-    checked = load_recipe(recipe, overrides)
+    checked = load_recipe(recipe, recipe_overrides(set_, given))
     if checked.output is None:
         checked = checked.model_copy(update={"output": f"thaw-{Path(recipe).stem}"})
 
@@ -274,6 +270,7 @@ def backbones(
 
 
 # After the others, so that they come last in --help.
+app.add_typer(find_lr_command)
 app.add_typer(sharing_commands)
 
 

@@ -137,7 +137,7 @@ def range_tests(
         raise PlanError("find_lr was called while the trainer is training; call it before or after train()")
     if trainer._train_data is None:
         raise PlanError("there is no train_dataset to test learning rates on; pass training images")
-    wanted = _numbers(trainer.plan, stages)
+    wanted = check_stages(trainer.plan, stages)
     return _range_tests(trainer, wanted, settings, progress)
 
 
@@ -202,7 +202,12 @@ def _lead(
         ).run()
 
 
-def _numbers(plan: StagePlan, stages: Sequence[str | int] | None) -> list[int]:
+def check_stages(plan: StagePlan, stages: Sequence[str | int] | None) -> list[int]:
+    """Returns the numbers of the stages that are named, in the order of the plan; None names all.
+
+    Raises:
+        PlanError: there is no such stage.
+    """
     names = [stage.name for stage in plan.stages]
     if stages is None:
         return list(range(len(names)))
