@@ -105,7 +105,12 @@ def table(stage: Stage, runs: list[dict[str, Any]], tests: list[dict[str, Any]])
             cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} - {max(values):.3f})")
         lines.append(f"| {rate:.0e} | {' | '.join(cells)} |")
     mine = [test for test in tests if test["stage"] == stage.name]
-    lines.append(f"suggested: {', '.join(str(test['suggestion']) for test in mine)}; ")
+    steepest = ["none" if test["suggestion"] is None else f"{test['suggestion']:.1e}" for test in mine]
+    tenths = ["none" if test["minimum"] is None else f"{test['minimum'] / 10:.1e}" for test in mine]
+    lines += [
+        "",
+        f"Steepest fall (what is suggested): {', '.join(steepest)}; a tenth of the minimum: {', '.join(tenths)}.",
+    ]
     return "\n".join(lines)
 
 

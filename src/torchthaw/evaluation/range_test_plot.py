@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from torchthaw.evaluation.drawing import BLACK, BLUE, SKY, VERMILION, drawable, legend_beside, new_figure, save
 
@@ -34,6 +34,7 @@ def plot_range_test(test: Mapping[str, Any], file: str | os.PathLike[str]) -> No
     axes.set(xlabel="highest learning rate of the layer groups", ylabel="training loss")
     axes.set_title(drawable(test["stage"]))
     axes.xaxis.set_major_locator(LogLocator(numticks=20))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.0e}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     handles, names = axes.get_legend_handles_labels()

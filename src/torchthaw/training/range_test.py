@@ -143,28 +143,38 @@ def read_curve(rates: Floats, losses: Floats, planned_steps: int, failure: str |
     start = float(losses[:first].mean())
     error = _noise(clipped, smoothed, max(lowest, first)) * math.sqrt(1 / (2 * math.sqrt(math.pi) * width) + 1 / first)
     fall = start - float(smoothed[lowest])
-    diverged = has_diverged(losses, planned_steps)
-    end = f"diverges at {rates[len(rates) - 1]:.1e}" if diverged else f"does not diverge up to {rates[-1]:.1e}"
+    end = _end(rates, smoothed, start + SIGNIFICANT * error, lowest, diverged=has_diverged(losses, planned_steps))
     if fall < SIGNIFICANT * error or lowest < first:
         return Reading(
             smoothed, None, None,
-            f"the loss ({start:.3g} at first) nowhere falls by more than its own noise, and {end}: nothing is "
-            "suggested. Either there is little left to learn in this stage, or the test is too short: more steps, or "
-            "larger batches",
+            f"the loss ({start:.3g} at first) nowhere falls by more than its own noise, {end}: nothing is suggested. "
+            "Either there is little left to learn in this stage, or the test is too short: more steps, or larger "
+            f"batches{'' if failure is None else f'. It ended since {failure}'}",
         )  # fmt: skip
     slope = np.gradient(smoothed, decades)[: lowest + 1]
     steepest = int(np.argmin(slope))
-    if steepest == 0:
+    if steepest <= width:
+        # The smoothing flattens the curve at its ends.
         return Reading(
             smoothed, None, float(rates[lowest]),
-            f"the loss falls fastest at the lowest rate of the test, {rates[0]:.1e}: nothing is suggested; begin lower",
+            f"the loss falls fastest at the lowest rates of the test, from {rates[0]:.1e} on: nothing is suggested; "
+            "begin lower",
         )  # fmt: skip
     suggestion = rounded(min(rates[steepest], rates[lowest] / LEAST_DISTANCE))
     return Reading(
         smoothed, suggestion, float(rates[lowest]),
         f"the loss falls from {start:.3g} to {smoothed[lowest]:.3g}, fastest at {rates[steepest]:.1e}, is lowest at "
-        f"{rates[lowest]:.1e}, and {end}",
+        f"{rates[lowest]:.1e}, {end}",
     )  # fmt: skip
+
+
+def _end(rates: Floats, smoothed: Floats, level: float, lowest: int, *, diverged: bool) -> str:
+    """Says what follows the minimum."""
+    above = [index for index in np.flatnonzero(smoothed > level) if index > lowest]
+    rises = f"rises from {rates[above[0]]:.1e} on, " if above else ""
+    return (
+        f"{rises}and diverges at {rates[-1]:.1e}" if diverged else f"{rises}and does not diverge up to {rates[-1]:.1e}"
+    )
 
 
 def _noise(losses: Floats, smoothed: Floats, number: int) -> float:
