@@ -269,3 +269,17 @@ def test_what_cannot_be_tested_is_refused(splits, tmp_path):
     trainer.add_callback(Meddler())
     with pytest.raises(PlanError, match="while the trainer is training; call it before or after"):
         trainer.train()
+
+
+def test_what_is_cached_stays_and_is_used(splits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHTHAW_CACHE", str(tmp_path / "cache"))
+    trainer = new_trainer(splits, tmp_path / "out", convolutional(), plan=PLAN[:1], augmentation=None)
+    trainer.train()
+
+    def files():
+        return {str(path): path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+
+    before = files()
+    assert before
+    trainer.find_lr(steps=STEPS)
+    assert files() == before
