@@ -219,8 +219,10 @@ def test_a_later_stage_can_be_tested_after_the_ones_before_it(splits, tmp_path):
 
 def test_a_learnable_task_gets_a_suggestion_a_line_and_a_plot(splits, tmp_path):
     trainer = new_trainer(splits, tmp_path, convolutional(), augmentation="none", per_device_train_batch_size=27)
-    test = trainer.find_lr("head", steps=60, plot=tmp_path / "plots" / "head.png")
+    test = trainer.find_lr("head", steps=80, highest=1e3, plot=tmp_path / "plots" / "head.png")
     assert 1e-4 < test.suggestion < 1
+    assert len(test.rates) == len(test.losses) < 80
+    assert "diverges at" in test.sentence
     assert test.recipe == f"- {{name: head, unfreeze: head, epochs: 2, learning_rate: {test.learning_rate}}}"
     assert test.learning_rate == test.suggestion
     assert Image.open(tmp_path / "plots" / "head.png").size[0] > 300

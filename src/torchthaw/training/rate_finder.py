@@ -3,6 +3,7 @@
 The methods of `Trainer` that are overridden were read in transformers 5.24 and are tested with 5.10.1 too.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.range_test import FEWEST_STEPS, RangeTest, has_diverged, rate_at, read_curve
 from torchthaw.training.rate_lines import scaled_rate, stage_line
 from torchthaw.training.results import ProgressBars, no_progress
-from torchthaw.training.stage_copies import StageCopyTrainer, copy_for_stage, copy_model, surroundings_kept
+from torchthaw.training.stage_copies import StageCopyTrainer, copy_for_stage, surroundings_kept
 from torchthaw.training.staged_loop import StagedTrainer
 
 
@@ -144,10 +145,10 @@ def range_tests(
 def _range_tests(
     trainer: StagedTrainer, wanted: list[int], settings: RangeTestSettings, progress: ProgressBars
 ) -> Iterator[RangeTest]:
-    model = copy_model(trainer.model)
+    model = copy.deepcopy(trainer.model)
     for index in range(max(wanted) + 1):
         if index in wanted:
-            yield _test(trainer, copy_model(model), index, settings, progress)
+            yield _test(trainer, copy.deepcopy(model), index, settings, progress)
         if index < max(wanted) and settings.lead_steps:
             _lead(trainer, model, index, settings, progress)
 

@@ -97,7 +97,7 @@ def copy_for_stage(
     Args:
         kind: How the stage is run.
         trainer: Stays as it is.
-        model: Will be trained; a copy of the trainer's (see `copy_model`).
+        model: Will be trained; a deep copy of the trainer's.
         index: Number of the stage in the plan.
         steps: Length of the stage in optimizer steps, at most.
         on_step: Called with the number of steps done.
@@ -123,15 +123,6 @@ def copy_for_stage(
     twin.callback_handler = StagedCallbackHandler(callbacks, model, trainer.processing_class, None, None)
     # It keeps what it has prepared, and the scale of losses in fp16.
     twin.create_accelerator_and_postprocess()
-    return twin
-
-
-def copy_model(model: TorchvisionForImageClassification) -> TorchvisionForImageClassification:
-    """Returns a copy of a model in its plain form."""
-    twin = copy.deepcopy(model)
-    # accelerate's mixed precision lies in these, and would run the original.
-    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-        vars(twin).pop(name, None)
     return twin
 
 
