@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from PIL import Image
 from transformers import pipeline
 
 from torchthaw import cli
+from torchthaw.evaluation.intervals import score_intervals
 from torchthaw.evaluation.predictions import read_predictions
 
 SMALL = ["--backbone", "shufflenet_v2_x0_5", "--set", "weights=null", "--set", "image_size=32", "--set", "epochs=3"]
@@ -80,6 +82,40 @@ def test_train_leaves_a_complete_folder_that_pipeline_uses(run, make_image_folde
     assert code == 2
     assert "holds a run, and torchthaw never overwrites one" in stderr
     assert "--resume" in stderr
+
+
+def test_intervals_are_over_groups_where_these_are_known(run, make_image_folder, tmp_path):
+    data, out = make_image_folder(per_class=12), tmp_path / "out"
+    pattern = r"(\d+)\.png"
+    code, stdout, stderr = run(
+        "train", "two_phase", "--data", data, *SMALL, "--output", out, "--set", f"data.group='{pattern}'",
+        "--set", "data.validation=0.25", "--set", "data.test=0.25",
+    )  # fmt: skip
+    assert code == 0, stderr
+    results = json.loads((out / "results.json").read_text())
+    card = (out / "README.md").read_text()
+    for split in ("validation", "test"):
+        rows = read_predictions(out / "predictions" / f"{split}.jsonl")
+        patients = [Path(row["path"]).stem for row in rows]
+        classes = results["classes"]
+        labels, predicted = (np.array([classes.index(row[key]) for row in rows]) for key in ("label", "predicted"))
+        accuracy, macro_f1, method = score_intervals(labels, predicted, patients)
+        assert method == "mid-P with a jackknife over 3 groups"
+        assert results[split]["accuracy_interval"] == accuracy
+        assert results[split]["macro_f1_interval"] == macro_f1
+        assert results[split]["interval_method"] == method
+        shown = f"(95 % interval {accuracy[0]:.3f} to {accuracy[1]:.3f}, {method})"
+        assert shown in " ".join(stderr.split()), "console"
+        assert f"Intervals of the {split} split: {method}." in card
+    code, stdout, _ = run("evaluate", out, "--data", data, "--split", "train", "--group", pattern, "--again")
+    assert code == 0
+    assert "Intervals: mid-P with a jackknife over 12 groups." in stdout
+    assert "Intervals: mid-P over 36 images." in run("evaluate", out, "--data", data, "--split", "train", "--again")[1]
+    # The run's own images have its groups.
+    assert "over 3 groups." in run("evaluate", out, "--split", "validation")[1]
+    code, _, stderr = run("evaluate", out, "--group", pattern)
+    assert code == 2
+    assert "Pass --data FOLDER too" in stderr
 
 
 def test_bad_images_are_all_listed_or_dropped(run, make_image_folder, tmp_path):

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from PIL import Image
-from scipy.stats import binomtest
 from sklearn.metrics import f1_score, recall_score
 from transformers import pipeline
 
@@ -25,6 +24,7 @@ from torchthaw import cli, cross_validation
 from torchthaw.console import Reporter
 from torchthaw.cross_validation import final_recipe, make_folds, prepare_images
 from torchthaw.errors import TrainingError
+from torchthaw.evaluation.intervals import mid_p_interval
 from torchthaw.evaluation.predictions import read_predictions
 from torchthaw.recipe import load_recipe
 from torchthaw.sharing.card import write_card
@@ -189,8 +189,8 @@ def test_figures_are_those_of_the_files_of_the_folds(crossed):
     for name, value in score(together).items():
         assert found["pooled"][name] == pytest.approx(value, rel=1e-5), name
     right = sum(row["label"] == row["predicted"] for row in together)
-    interval = binomtest(right, 27).proportion_ci(method="wilson")
-    assert found["pooled"]["accuracy_interval"] == pytest.approx([interval.low, interval.high])
+    assert found["pooled"]["accuracy_interval"] == mid_p_interval(right, 27)
+    assert found["pooled"]["interval_method"] == "mid-P over 27 images"
     assert read_predictions(out / "predictions" / "out_of_fold.jsonl") == together
     assert found["num_images"] == [{"train": 18, "validation": 9}] * 3
     for number, stage in enumerate(found["stages"]):
@@ -280,7 +280,7 @@ def test_the_card_shows_the_folds(finished, tmp_path):
         f"{max(accuracy['values']):.4f} | {found['pooled']['accuracy']:.4f} |"
     ) in card
     low, high = found["pooled"]["accuracy_interval"]
-    assert f"on 27 images, all folds together, is {low:.4f} to {high:.4f}." in card
+    assert f"on 27 images, all folds together, is {low:.4f} to {high:.4f} (mid-P over 27 images)." in card
     assert "The test images were used once, after everything was chosen." in card
     assert "by validation accuracy" not in card, "there was none"
     assert "confusion_out_of_fold.png" in card

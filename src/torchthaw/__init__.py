@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torchthaw.data.audit.audit import audit_dataset
     from torchthaw.data.loading import load_image_dataset
     from torchthaw.data.splitting import fold_dataset, split_dataset
-    from torchthaw.evaluation.metrics import ClassificationMetrics
+    from torchthaw.evaluation.evaluate_metric import ClassificationMetrics
     from torchthaw.stages.param_groups import param_groups
     from torchthaw.stages.plan import Stage, StagePlan
     from torchthaw.training.arguments import ThawTrainingArguments
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "ClassificationMetrics": "torchthaw.evaluation.metrics",
+    "ClassificationMetrics": "torchthaw.evaluation.evaluate_metric",
     "Stage": "torchthaw.stages.plan",
     "StagePlan": "torchthaw.stages.plan",
     "ThawTrainer": "torchthaw.training.trainer",

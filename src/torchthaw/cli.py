@@ -199,6 +199,10 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[str, typer.Option("--split", "-s", help="train, validation or test.")] = "validation",
+    group: Annotated[
+        str | None,
+        typer.Option(help="What belongs together, for intervals over groups: as for torchthaw audit."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
     again: Annotated[
         bool, typer.Option("--again", help="Measure the test images of the run once more; it is recorded.")
@@ -221,6 +225,7 @@ def evaluate(
         model,
         data,
         split,
+        group=group,
         batch_size=batch_size,
         again=again,
         command=shlex.join(["torchthaw", *sys.argv[1:]]),

@@ -248,11 +248,16 @@ def _summarize(job: Job, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "mean": figures[job.metric]["mean"],
         "std": figures[job.metric]["std"],
         "figures": figures,
-        "pooled": pool_folds(folders, job.data.class_names, job.output, seed=job.recipe.seed),
+        "pooled": pool_folds(folders, job.data.class_names, job.output, groups=_groups(job.data.splits["train"])),
         "num_images": [fold["num_images"] for fold in results],
         "stages": stage_votes([fold["stages"] for fold in results]),
         "batch_norm": {stage["name"]: stage["batch_norm"] for fold in results for stage in fold["stages"]},
     }
+
+
+def _groups(images: Dataset) -> dict[str, str | None] | None:
+    """Returns the group of each image by its path; None where groups are not known."""
+    return dict(zip(images["path"], images["group"], strict=True)) if "group" in images.column_names else None
 
 
 def _document(job: Job, results: Sequence[Mapping[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
@@ -312,6 +317,6 @@ def _show(summary: Mapping[str, Any], reporter: Reporter) -> None:
     pooled = summary["pooled"]
     low, high = pooled["accuracy_interval"]
     reporter.say(
-        f"all folds together: accuracy {pooled['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), "
-        f"macro F1 {pooled['macro_f1']:.4f}, {pooled['num_images']} images"
+        f"all folds together: accuracy {pooled['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
+        f"{pooled['interval_method']}), macro F1 {pooled['macro_f1']:.4f}, {pooled['num_images']} images"
     )

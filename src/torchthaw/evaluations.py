@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from torchthaw.console import Reporter
 from torchthaw.cross_validation import prepare_images
+from torchthaw.data.grouping import NO_GROUPS
 from torchthaw.data.images import check_images
 from torchthaw.data.views import ImageView
 from torchthaw.data_preparation import load_data
@@ -32,6 +33,7 @@ def evaluate_saved(
     data: str | None,
     split: str,
     *,
+    group: str | None = None,
     batch_size: int = 32,
     again: bool = False,
     command: str | None = None,
@@ -43,6 +45,8 @@ def evaluate_saved(
         source: A folder or Hub repository that torchthaw saved.
         data: The images; None takes those of the recipe in the folder, cut into splits as for training.
         split: Which of them.
+        group: What belongs together in `data`, as in a recipe's `data: {group: ...}`; intervals are then over groups.
+            The run's own images have the groups of its recipe.
         batch_size: Images at once.
         again: Whether to go on if these are the run's test images, and to record that in its `results.json`.
         command: The command line, for the record.
@@ -54,11 +58,11 @@ def evaluate_saved(
 
     Raises:
         DataError: the data has no such split, or a class that the model does not know; or they are the run's test
-            images, and `again` is not given, or the folder cannot be written to.
+            images, and `again` is not given, or the folder cannot be written to; or `group` is given without `data`.
     """
     model, processor = load_on_device(source)
     names = model.config.class_names
-    images = _images(source, data, split, names)
+    images = _images(source, data, split, names, group)
     run = _run_of(source)
     if run is None and not Path(source).is_dir():
         reporter.say(f"The results of {source} could not be had, so nobody knows whether these are its test images.")
@@ -68,7 +72,8 @@ def evaluate_saved(
     checked, _ = check_images(images, progress=not reporter.quiet)
     with reporter.progress(f"evaluating {split}", len(checked)) as bar:
         logits = predict_logits(model, ImageView(checked, processor), batch_size=batch_size, on_progress=bar.update)
-    figures = classification_metrics(logits, np.asarray(checked["label"]), names)
+    groups = checked["group"][:] if "group" in checked.column_names else None
+    figures = classification_metrics(logits, np.asarray(checked["label"]), names, groups=groups)
     document = {"model": source, "data": data, "split": split, **figures}
     if model.config.temperature != 1:
         document["temperature"] = model.config.temperature
@@ -77,10 +82,15 @@ def evaluate_saved(
     return document
 
 
-def _images(source: str, data: str | None, split: str, names: list[str]) -> Dataset:
+def _images(source: str, data: str | None, split: str, names: list[str], group: str | None) -> Dataset:
     if data is not None:
-        splits = load_data(DataRecipe(path=data, group="none"), class_names=names)
+        splits = load_data(DataRecipe(path=data, group=group or NO_GROUPS), class_names=names)
     else:
+        if group is not None:
+            raise DataError(
+                f"--group {group} is for images of --data; the run's own images have the groups of its recipe. Pass "
+                "--data FOLDER too, or leave --group out"
+            )
         file = Path(source) / "recipe.yaml"
         if not file.is_file():
             raise DataError(f"{source} has no recipe.yaml to take images from; pass --data FOLDER")

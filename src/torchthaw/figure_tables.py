@@ -49,6 +49,7 @@ def show_figures(figures: Mapping[str, Any], *, per_class: bool = False, confusi
         interval = "" if low is None else f"{low:.4f} to {high:.4f}"
         table.add_row(name, "-" if value is None else f"{value:.4f}", interval)
     console.print(table)
+    console.print(f"Intervals: {figures['interval_method']}.")
     if per_class:
         table = _table("class", "precision", "recall", "F1", "images")
         for name, of in figures["per_class"].items():

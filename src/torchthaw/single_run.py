@@ -204,8 +204,8 @@ def report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> None
             figures = results[split]
             low, high = figures["accuracy_interval"]
             reporter.say(
-                f"{split}: accuracy {figures['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}), "
-                f"macro F1 {figures['macro_f1']:.4f}, {figures['num_images']} images"
+                f"{split}: accuracy {figures['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
+                f"{figures['interval_method']}), macro F1 {figures['macro_f1']:.4f}, {figures['num_images']} images"
             )
     reporter.say(f"saved to {output}; use it with pipeline('image-classification', model={str(output)!r})")
 

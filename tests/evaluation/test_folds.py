@@ -38,9 +38,9 @@ def test_mean_and_sample_standard_deviation():
 def test_pooled_figures_are_those_of_all_logits_together(tmp_path):
     folders = [tmp_path / str(number) for number in range(3)]
     made = [make_fold(folder, number, 7 + number) for number, folder in enumerate(folders)]
-    found = pool_folds(folders, NAMES, tmp_path / "out", seed=5)
+    found = pool_folds(folders, NAMES, tmp_path / "out")
     paths, labels, logits = (np.concatenate(parts) for parts in zip(*made, strict=True))
-    expected = classification_metrics(logits, labels, NAMES, seed=5)
+    expected = classification_metrics(logits, labels, NAMES)
     for key in ("accuracy", "macro_f1", "balanced_accuracy", "accuracy_interval", "macro_f1_interval", "num_images"):
         assert found[key] == expected[key], key
     assert found["per_class"] == expected["per_class"]
@@ -52,11 +52,23 @@ def test_pooled_figures_are_those_of_all_logits_together(tmp_path):
     assert (tmp_path / "out" / "plots" / "confusion_out_of_fold.png").is_file()
 
 
+def test_pooled_intervals_are_over_groups_where_these_are_known(tmp_path):
+    folders = [tmp_path / str(number) for number in range(3)]
+    made = [make_fold(folder, number, 8) for number, folder in enumerate(folders)]
+    paths, labels, logits = (np.concatenate(parts) for parts in zip(*made, strict=True))
+    groups = {path: f"patient {number % 6}" for number, path in enumerate(paths)}
+    found = pool_folds(folders, NAMES, tmp_path / "out", groups=dict(reversed(groups.items())))
+    expected = classification_metrics(logits, labels, NAMES, groups=list(groups.values()))
+    for key in ("accuracy_interval", "macro_f1_interval", "interval_method"):
+        assert found[key] == expected[key], key
+    assert found["interval_method"] == "mid-P with a jackknife over 6 groups"
+
+
 def test_scores_that_were_rounded_to_zero_have_a_finite_loss(tmp_path):
     write_predictions(
         tmp_path / "predictions" / "validation.jsonl", ["a", "b"], [0, 1], [[0, 500.0], [0, 9.0]], NAMES[:2]
     )
-    found = pool_folds([tmp_path], NAMES[:2], tmp_path / "out", seed=0)
+    found = pool_folds([tmp_path], NAMES[:2], tmp_path / "out")
     # The smallest float32 above 0 is 2 ** -149.
     assert found["loss"] == pytest.approx(149 * np.log(2) / 2, rel=1e-3)
 

@@ -1,22 +1,19 @@
 import json
-import pickle
-import socket
 import warnings
 
-import evaluate
 import numpy as np
 import pytest
 import sklearn.metrics
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from transformers import EvalPrediction
 
-from torchthaw import ClassificationMetrics
 from torchthaw.errors import DataError
 from torchthaw.evaluation.calibration import reliability_bins
-from torchthaw.evaluation.metrics import classification_metrics, compute_metrics
+from torchthaw.evaluation.intervals import score_intervals
+from torchthaw.evaluation.metrics import classification_metrics, compute_metrics, prediction_metrics
+from torchthaw.evaluation.ranking import one_vs_rest_auroc, top_k_accuracy
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -45,7 +42,7 @@ def by_hand(logits, labels):
         precision = hits / taken if taken else 0.0
         recall = hits / support if support else 0.0
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-        per_class.append({"precision": precision, "recall": recall, "f1": f1, "support": support})
+        per_class.append({"precision": precision, "recall": recall, "f1": f1, "support": support, "auroc": None})
     present = [scores for scores in per_class if scores["support"]]
     probabilities = softmax(logits.astype(np.float64), axis=1)
     ece = 0.0
@@ -67,6 +64,8 @@ def by_hand(logits, labels):
         others = [row[index] for row, label in zip(log_probabilities, labels, strict=True) if label != index]
         wins = [(a > b) + (a == b) / 2 for a in own for b in others]
         areas[index] = sum(wins) / len(wins) if wins else None
+    for index, area in areas.items():
+        per_class[index]["auroc"] = area
     known = [area for area in areas.values() if area is not None]
     if logits.shape[1] == 2:
         known = [areas[1]] if len(areas) == 2 else []
@@ -164,6 +163,92 @@ def test_ranks_and_areas_equal_those_of_scikit_learn():
     assert metrics["brier"] == pytest.approx(score, abs=1e-12)
 
 
+@pytest.mark.parametrize("case", EDGE_CASES)
+def test_figures_of_classes_equal_those_of_scikit_learn(case):
+    logits, labels = EDGE_CASES[case]
+    ids, predicted = np.arange(logits.shape[1]), logits.argmax(1)
+    metrics = classification_metrics(logits, labels, names_of(logits), intervals=False)
+    report = sklearn.metrics.precision_recall_fscore_support(labels, predicted, labels=ids, zero_division=0)
+    for index, figures in enumerate(metrics["per_class"].values()):
+        expected = [float(column[index]) for column in report]
+        assert [figures[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(expected)
+        own = labels == index
+        if own.all() or not own.any():
+            assert figures["auroc"] is None
+        else:
+            scores = log_softmax(logits.astype(np.float64), axis=1)[:, index]
+            # Of two classes the difference decides: where both round to 0 or 1, there are no ties in it.
+            area = sklearn.metrics.roc_auc_score(own, scores)
+            assert figures["auroc"] == pytest.approx(area, abs=1e-12 if len(ids) > 2 else 1e-3)
+    weighted = sklearn.metrics.f1_score(labels, predicted, labels=ids, average="weighted", zero_division=0)
+    assert metrics["weighted_f1"] == pytest.approx(weighted, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 11])
+def test_the_k_of_top_k_can_be_chosen(k):
+    logits, labels = draw(200, 12, seed=8)
+    logits = np.round(logits + np.random.default_rng(0).random(logits.shape) * 1e-3, 4)
+    metrics = classification_metrics(logits, labels, names_of(logits), intervals=False, top_k=k)
+    expected = sklearn.metrics.top_k_accuracy_score(labels, logits, k=k, labels=range(12))
+    assert metrics[f"top{k}_accuracy"] == pytest.approx(expected)
+    assert [key for key in metrics if key.startswith("top")] == [f"top{k}_accuracy"]
+
+
+def test_the_k_of_all_classes_says_nothing():
+    assert not [key for key in classification_metrics(*draw(20), NAMES, top_k=4) if key.startswith("top")]
+
+
+def test_intervals_are_over_groups_where_these_are_known():
+    logits, labels = draw(60)
+    groups = [f"patient {number % 12}" for number in range(60)]
+    metrics = classification_metrics(logits, labels, NAMES, groups=groups)
+    expected = score_intervals(labels, logits.argmax(1), groups)
+    found = metrics["accuracy_interval"], metrics["macro_f1_interval"], metrics["interval_method"]
+    assert found == expected
+    assert metrics["interval_method"] == "mid-P with a jackknife over 12 groups"
+    assert classification_metrics(logits, labels, NAMES)["interval_method"] == "mid-P over 60 images"
+
+
+def test_figures_without_scores_are_the_same():
+    logits, labels = draw(60)
+    metrics = classification_metrics(logits, labels, NAMES)
+    without = prediction_metrics(logits.argmax(1), labels, NAMES)
+    assert metrics.keys() - without.keys() == {"auroc", "loss", "ece", "brier"}
+    for figures in metrics["per_class"].values():
+        del figures["auroc"]
+    assert without == {key: metrics[key] for key in without}
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_images=st.integers(2, 60), num_classes=st.integers(2, 6), seed=st.integers(0, 10**6))
+def test_ranks_depend_on_the_order_of_scores_alone(num_images, num_classes, seed):
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, num_classes, num_images)
+    # Few values, so that there are ties.
+    scores = random.integers(0, 5, (num_images, num_classes)) / 4
+    areas = one_vs_rest_auroc(scores, labels)
+    if num_classes > 2:
+        assert one_vs_rest_auroc(np.exp(3 * scores) - 7, labels) == areas
+    turned = one_vs_rest_auroc(-scores, labels)
+    assert [None if area is None else 1 - area for area in turned] == pytest.approx(areas)
+    shares = [top_k_accuracy(scores, labels, k) for k in range(1, num_classes + 1)]
+    assert shares == sorted(shares)
+    assert shares[0] == (scores.argmax(1) == labels).mean()
+    assert shares[-1] == 1
+    assert [top_k_accuracy(np.exp(scores), labels, k) for k in range(1, num_classes + 1)] == shares
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_images=st.integers(1, 60), num_classes=st.integers(2, 6), seed=st.integers(0, 10**6))
+def test_being_sure_costs_nothing_where_right_and_most_where_wrong(num_images, num_classes, seed):
+    logits, labels = draw(num_images, num_classes, seed)
+    sure = classification_metrics(200 * np.eye(num_classes)[labels], labels, names_of(logits), intervals=False)
+    assert [sure[key] for key in ("loss", "ece", "brier")] == pytest.approx([0, 0, 0], abs=1e-12)
+    wrong = 200 * np.eye(num_classes)[(labels + 1) % num_classes]
+    worst = classification_metrics(wrong, labels, names_of(logits), intervals=False)
+    assert [worst[key] for key in ("loss", "ece", "brier")] == pytest.approx([200, 1, 2], abs=1e-9)
+
+
 def test_the_matrix_of_many_classes_is_left_out():
     logits, labels = draw(50, 101, seed=7)
     assert "confusion_matrix" not in classification_metrics(logits, labels, names_of(logits))
@@ -204,7 +289,8 @@ def test_order_of_images_and_of_classes_and_offsets_do_not_matter(num_images, nu
     mixed = classification_metrics(
         (logits + offsets)[images][:, classes], np.argsort(classes)[labels][images], names[classes], intervals=False
     )
-    assert mixed.pop("per_class") == {name: pytest.approx(value) for name, value in metrics.pop("per_class").items()}
+    per_class = {name: pytest.approx(value) for name, value in metrics.pop("per_class").items()}
+    assert mixed.pop("per_class") == per_class
     matrix = np.array(metrics.pop("confusion_matrix"))
     assert np.array_equal(mixed.pop("confusion_matrix"), matrix[np.ix_(classes, classes)])
     assert mixed == pytest.approx(metrics, abs=1e-9)
@@ -248,68 +334,15 @@ def test_what_does_not_fit_is_named(logits, labels, names, message):
         classification_metrics(logits, labels, names)
 
 
-def test_evaluate_metric_equals_scikit_learn():
-    logits, labels = draw(80)
-    predicted = logits.argmax(1)
-    scores = ClassificationMetrics().compute(predictions=predicted, references=labels)
-    assert scores == pytest.approx(
-        {
-            "accuracy": sklearn.metrics.accuracy_score(labels, predicted),
-            "macro_f1": sklearn.metrics.f1_score(labels, predicted, average="macro"),
-            "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(labels, predicted),
-            "weighted_f1": sklearn.metrics.f1_score(labels, predicted, average="weighted"),
-        }
-    )
-    assert all(type(value) is float for value in scores.values())
+@pytest.mark.parametrize("top_k", [0, -3])
+def test_a_k_below_one_is_refused(top_k):
+    with pytest.raises(DataError, match=f"top_k={top_k} does not work"):
+        classification_metrics(*draw(5), NAMES, top_k=top_k)
 
 
-@pytest.mark.parametrize("keep_in_memory", [False, True])
-def test_evaluate_metric_gathers_batches(keep_in_memory, tmp_path):
-    logits, labels = draw(50)
-    predicted = logits.argmax(1)
-    metric = ClassificationMetrics(keep_in_memory=keep_in_memory, cache_dir=str(tmp_path))
-    at_once = metric.compute(predictions=predicted, references=labels)
-    metric.add_batch(predictions=predicted[:20].tolist(), references=labels[:20].tolist())
-    metric.add_batch(predictions=torch.tensor(predicted[20:49]), references=torch.tensor(labels[20:49]))
-    metric.add(prediction=int(predicted[49]), reference=int(labels[49]))
-    assert metric.compute() == at_once
-
-
-class ErrorRate(ClassificationMetrics):
-    def _compute(self, *, predictions, references):
-        return {"error_rate": float((predictions != references).mean()), "accuracy": -1.0}
-
-
-def test_evaluate_combine_takes_instances(tmp_path):
-    metrics = [ClassificationMetrics(cache_dir=str(tmp_path)), ErrorRate(cache_dir=str(tmp_path))]
-    both = evaluate.combine(metrics)
-    scores = both.compute(predictions=[0, 1, 1, 1], references=[0, 1, 0, 1])
-    assert scores["error_rate"] == 0.25
-    assert scores["classification_metrics_accuracy"] == 0.75
-    assert scores["error_rate_accuracy"] == -1.0
-    both.add_batch(predictions=[0, 1], references=[0, 0])
-    both.add_batch(predictions=[1, 1], references=[0, 0])
-    assert both.compute()["error_rate"] == 0.75
-
-
-def test_evaluate_metric_leaves_the_random_state_alone():
-    before = pickle.dumps(np.random.get_state())
-    ClassificationMetrics().compute(predictions=[0, 1], references=[0, 1])
-    assert pickle.dumps(np.random.get_state()) == before
-
-
-def test_evaluate_metric_refuses_nothing_at_all():
-    with pytest.raises(DataError, match="nothing to measure"):
-        ClassificationMetrics().compute(predictions=[], references=[])
-
-
-def test_evaluate_metric_opens_no_connection(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    assert ClassificationMetrics().compute(predictions=[0, 1], references=[0, 1])["accuracy"] == 1.0
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(DataError, match="2 groups for 5 images"):
+        classification_metrics(*draw(5), NAMES, groups=["a", "b"])
 
 
 def test_compute_metrics_takes_what_trainer_hands_over():

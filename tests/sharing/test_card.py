@@ -35,7 +35,7 @@ def figures(names: list[str], images: int, seed: int) -> dict:
     random = np.random.default_rng(seed)
     labels = np.arange(images) % len(names)
     logits = random.normal(size=(images, len(names))) + 1.5 * np.eye(len(names))[labels]
-    return classification_metrics(logits, labels, names, seed=seed)
+    return classification_metrics(logits, labels, names)
 
 
 def make_results(names: list[str], *, images: int = 60) -> dict:

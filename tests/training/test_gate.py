@@ -15,7 +15,8 @@ from scipy.stats import binom
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from torchthaw.errors import PlanError
-from torchthaw.evaluation.metrics import ClassificationMetrics, classification_metrics
+from torchthaw.evaluation.evaluate_metric import ClassificationMetrics
+from torchthaw.evaluation.metrics import classification_metrics
 from torchthaw.training.gate import GATES, Comparison, Measured, compare, decide, supports_test
 
 # scikit-learn warns of predictions of classes that do not occur, which are meant here.

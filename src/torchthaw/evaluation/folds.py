@@ -1,6 +1,6 @@
 """What the folds of a cross-validation say together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,24 @@ def fold_figures(folds: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     }
 
 
-def pool_folds(folders: Sequence[Path], class_names: Sequence[str], output: Path, *, seed: int) -> dict[str, Any]:
+def pool_folds(
+    folders: Sequence[Path],
+    class_names: Sequence[str],
+    output: Path,
+    *,
+    groups: Mapping[str, Hashable] | None = None,
+) -> dict[str, Any]:
     """Measures the validation images of all folds as one set, each by the model that was not trained on it.
 
     Args:
         folders: The runs of the folds, with `predictions/validation.jsonl`.
         class_names: In the order of the logits.
         output: Gets `predictions/out_of_fold.jsonl`, the lines of all folds, and the plots of these predictions.
-        seed: Of the bootstrap interval.
+        groups: Path of an image -> its group, where groups are known; the intervals are then over groups.
 
     Returns:
-        What `classification_metrics` gives. Its 95 % intervals take images for independent of each other, and the
-        models of the folds for one.
+        What `classification_metrics` gives. Its 95 % intervals take images (or groups) for independent of each other,
+        and the models of the folds for one.
     """
     files = [folder / "predictions" / "validation.jsonl" for folder in folders]
     with replacing(output / "predictions" / f"{OUT_OF_FOLD}.jsonl") as temporary:
@@ -54,7 +60,8 @@ def pool_folds(folders: Sequence[Path], class_names: Sequence[str], output: Path
     # Softmax gives the same for these as for the logits; a score that was rounded to 0 is the smallest above it.
     logits = np.log(np.maximum(scores, np.finfo(np.float32).smallest_subnormal))
     labels = np.array([ids[row["label"]] for row in rows])
-    return measure_split(OUT_OF_FOLD, logits, labels, class_names, output, seed=seed)
+    groups_in_order = None if groups is None else [groups.get(row["path"]) for row in rows]
+    return measure_split(OUT_OF_FOLD, logits, labels, class_names, output, groups=groups_in_order)
 
 
 def stage_votes(folds: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Everything that one evaluation of a split leaves: figures, predictions by image, plots."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def measure_split(
     folder: Path,
     *,
     paths: Sequence[str] | None = None,
-    seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
     """Computes the figures of a split, and writes its predictions and plots below a folder.
 
@@ -31,7 +31,7 @@ def measure_split(
         class_names: In the order of the logits.
         folder: Gets `predictions/SPLIT.jsonl`, `plots/confusion_SPLIT.png` and `plots/reliability_SPLIT.png`.
         paths: Where the images are; without it there is no file of predictions.
-        seed: Of the bootstrap intervals.
+        groups: The group of each image, where groups are known; the intervals are then over groups.
 
     Returns:
         What `classification_metrics` gives.
@@ -41,4 +41,4 @@ def measure_split(
     plots = folder / "plots"
     plot_confusion_matrix(labels, logits.argmax(1), class_names, plots / f"confusion_{split}.png")
     plot_reliability(softmax(logits), labels, plots / f"reliability_{split}.png")
-    return classification_metrics(logits, labels, class_names, seed=seed)
+    return classification_metrics(logits, labels, class_names, groups=groups)

@@ -5,11 +5,9 @@ scikit-learn with `labels=` set to these. A class that has no images is left out
 it still count as misses of their own class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import evaluate
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import precision_recall_fscore_support
@@ -23,8 +21,8 @@ from torchthaw.evaluation.arrays import (
     log_softmax,
 )
 from torchthaw.evaluation.calibration import brier_score, expected_calibration_error
-from torchthaw.evaluation.intervals import macro_f1_interval, wilson_interval
-from torchthaw.evaluation.ranking import auroc, top_k_accuracy
+from torchthaw.evaluation.intervals import score_intervals
+from torchthaw.evaluation.ranking import mean_auroc, one_vs_rest_auroc, top_k_accuracy
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -39,8 +37,9 @@ def classification_metrics(
     labels: npt.ArrayLike,
     class_names: Sequence[str],
     *,
+    groups: Sequence[Hashable] | None = None,
     intervals: bool = True,
-    seed: int = 0,
+    top_k: int = TOP_K,
 ) -> dict[str, Any]:
     """Measures how well logits predict labels.
 
@@ -48,8 +47,10 @@ def classification_metrics(
         logits: Shape (images, classes), in any float type; the prediction is the first highest column.
         labels: Class ids, shape (images,).
         class_names: One name per column of `logits`.
+        groups: The group of each image (patient, product, scene ...), where images of one are alike; the intervals are
+            then over groups. An image with None is a group of its own.
         intervals: Whether to add the two 95 % intervals.
-        seed: Seed of the bootstrap behind `macro_f1_interval`.
+        top_k: The k of top-k accuracy, at least 1.
 
     Returns:
         A dictionary that `json` can write:
@@ -57,40 +58,80 @@ def classification_metrics(
         - `accuracy`, in 0 ... 1;
         - `macro_f1` and `balanced_accuracy`: mean F1 and mean recall over the classes that occur in `labels`;
         - `weighted_f1`: mean F1 weighted by images;
-        - `top5_accuracy`: share of images whose class is among the five highest, where there are more than five;
+        - `top5_accuracy` (or what else `top_k` is): share of images whose class is among the k highest, where there are
+          more than k classes;
         - `auroc`: area under the ROC curve of the second of two classes, or mean over the classes that occur, each
           against the rest; None where all images are of one class;
         - `loss`: mean log loss in nats, computed in float64;
         - `brier`: Brier score over all classes, 0 ... 2;
         - `ece`: expected calibration error with 15 bins of equal width (Guo et al., 2017, arXiv:1706.04599);
-        - `per_class`: class name -> `precision`, `recall`, `f1` (0 where undefined) and `support` in images;
+        - `per_class`: class name -> `precision`, `recall`, `f1` (0 where undefined), `support` in images, and `auroc`
+          against the rest (None where the class has no images, or all);
         - `confusion_matrix`: rows are true classes, columns predictions, up to 100 classes;
         - `num_images`;
-        - `accuracy_interval` (Wilson) and `macro_f1_interval` (percentile bootstrap over images, 1000 resamples):
-          [low, high] at 95 %.
+        - `accuracy_interval` and `macro_f1_interval`: [low, high] at 95 %, and `interval_method`, how they came about
+          (see `torchthaw.evaluation.intervals`).
 
     Raises:
-        DataError: Logits that are not finite, or arrays and names that do not fit each other.
+        DataError: Logits that are not finite, arrays and names that do not fit each other, or `top_k` below 1.
     """
     checked = as_logits(logits)
     num_images, num_classes = checked.shape
     ids = as_class_ids(labels, num_images, num_classes)
     names = as_class_names(class_names, num_classes)
-    predicted = checked.argmax(axis=1)
-
-    precision, recall, f1, support = precision_recall_fscore_support(
-        ids, predicted, labels=np.arange(num_classes), average=None, zero_division=0
-    )
+    if top_k < 1:
+        raise DataError(f"top_k={top_k!r} does not work: write a whole number of at least 1, such as {TOP_K}.")
     log_probabilities = log_softmax(checked.astype(np.float64))
     probabilities = np.exp(log_probabilities)
-    metrics = {
-        **_scalars(ids, predicted),
-        "weighted_f1": float(np.average(f1, weights=support)),
-        **({"top5_accuracy": top_k_accuracy(checked, ids, TOP_K)} if num_classes > TOP_K else {}),
-        "auroc": auroc(log_probabilities, ids),
+    areas = one_vs_rest_auroc(log_probabilities, ids)
+    metrics = prediction_metrics(checked.argmax(axis=1), ids, names, groups=groups, intervals=intervals)
+    if num_classes > top_k:
+        metrics[f"top{top_k}_accuracy"] = top_k_accuracy(checked, ids, top_k)
+    for figures, area in zip(metrics["per_class"].values(), areas, strict=True):
+        figures["auroc"] = area
+    return {
+        **metrics,
+        "auroc": mean_auroc(areas),
         "loss": -float(log_probabilities[np.arange(num_images), ids].mean()),
         "ece": expected_calibration_error(probabilities, ids),
         "brier": brier_score(probabilities, ids),
+    }
+
+
+def prediction_metrics(
+    predicted: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    class_names: Sequence[str],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    intervals: bool = True,
+) -> dict[str, Any]:
+    """Measures how well predicted classes fit labels, without scores.
+
+    Args:
+        predicted: Class ids, shape (images,).
+        labels: Class ids, shape (images,).
+        class_names: In the order of the ids.
+        groups: As for `classification_metrics`.
+        intervals: As for `classification_metrics`.
+
+    Returns:
+        What `classification_metrics` gives, as far as it takes no scores.
+
+    Raises:
+        DataError: Arrays and names that do not fit each other.
+    """
+    num_images, num_classes = len(np.asarray(labels)), len(class_names)
+    names = as_class_names(class_names, num_classes)
+    if num_images == 0:
+        raise DataError("Predictions and references are empty: there is nothing to measure. Pass at least one.")
+    ids, guesses = (as_class_ids(array, num_images, num_classes) for array in (labels, predicted))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        ids, guesses, labels=np.arange(num_classes), average=None, zero_division=0
+    )
+    metrics = {
+        **_scalars(ids, guesses),
+        "weighted_f1": float(np.average(f1, weights=support)),
         "per_class": {
             name: {
                 "precision": float(precision[index]),
@@ -103,40 +144,12 @@ def classification_metrics(
         "num_images": num_images,
     }
     if num_classes <= _MOST_CLASSES_OF_MATRIX:
-        cells = np.bincount(ids * num_classes + predicted, minlength=num_classes**2)
+        cells = np.bincount(ids * num_classes + guesses, minlength=num_classes**2)
         metrics["confusion_matrix"] = cells.reshape(num_classes, num_classes).tolist()
     if intervals:
-        metrics["accuracy_interval"] = wilson_interval(int((predicted == ids).sum()), num_images)
-        metrics["macro_f1_interval"] = macro_f1_interval(ids, predicted, seed=seed)
+        accuracy, macro_f1, method = score_intervals(ids, guesses, groups)
+        metrics |= {"accuracy_interval": accuracy, "macro_f1_interval": macro_f1, "interval_method": method}
     return metrics
-
-
-class ClassificationMetrics(evaluate.Metric):
-    """Accuracy, macro F1, balanced accuracy and weighted F1 of class ids; needs no network.
-
-    Works wherever a metric of `evaluate` does, `evaluate.combine([ClassificationMetrics(), ...])` included:
-
-        >>> ClassificationMetrics().compute(predictions=[0, 1, 1], references=[0, 1, 0])["macro_f1"]
-        0.6666666666666666
-
-    All options are those of `evaluate.Metric`, with the same defaults.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy, macro F1, balanced accuracy and weighted F1 of single-label classification. "
-            "Averages over classes run over the classes that occur in the references.",
-            citation="",
-            inputs_description="\nArgs:\n    predictions: Predicted class ids.\n    references: True class ids.\n",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
-            format="numpy",
-        )
-
-    def _compute(self, *, predictions: Ids, references: Ids) -> dict[str, float]:
-        if len(references) == 0:
-            raise DataError("Predictions and references are empty: there is nothing to measure. Pass at least one.")
-        *_, weighted_f1 = _averages(references, predictions, "weighted")
-        return {**_scalars(references, predictions), "weighted_f1": weighted_f1}
 
 
 def compute_metrics(eval_prediction: "EvalPrediction") -> dict[str, float]:
@@ -156,23 +169,16 @@ def compute_metrics(eval_prediction: "EvalPrediction") -> dict[str, float]:
     if labels.ndim == 2:
         labels = labels.argmax(axis=1)
     ids = as_class_ids(labels, *logits.shape)
-    # In memory, because each process of a distributed run computes this and files in the cache would need locks.
-    scores = ClassificationMetrics(keep_in_memory=True).compute(predictions=logits.argmax(axis=1), references=ids)
-    return {name: scores[name] for name in ("accuracy", "macro_f1", "balanced_accuracy")}
+    return _scalars(ids, logits.argmax(axis=1))
 
 
 def _scalars(labels: Ids, predicted: Ids) -> dict[str, float]:
-    balanced_accuracy, macro_f1 = _averages(labels, predicted, "macro")
+    # Over the classes that occur.
+    _, recall, f1, _ = precision_recall_fscore_support(
+        labels, predicted, labels=np.unique(labels), average="macro", zero_division=0
+    )
     return {
         "accuracy": float((labels == predicted).mean()),
-        "macro_f1": macro_f1,
-        "balanced_accuracy": balanced_accuracy,
+        "macro_f1": float(f1),
+        "balanced_accuracy": float(recall),
     }
-
-
-def _averages(labels: Ids, predicted: Ids, average: str) -> tuple[float, float]:
-    """Recall and F1, averaged over the classes that occur in `labels`."""
-    _, recall, f1, _ = precision_recall_fscore_support(
-        labels, predicted, labels=np.unique(labels), average=average, zero_division=0
-    )
-    return float(recall), float(f1)

@@ -1,5 +1,7 @@
 """How well scores put the right class, or the right images, first."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
@@ -20,22 +22,30 @@ def top_k_accuracy(logits: Floats, labels: Ids, k: int) -> float:
     return float((rank < k).mean())
 
 
-def auroc(log_probabilities: Floats, labels: Ids) -> float | None:
-    """Area under the receiver operating characteristic: how often an image of a class scores above another image.
-
-    For two classes that of the second one; for more the mean over the classes that occur, each against the rest
-    (Fawcett, 2006, Pattern Recognition Letters 27).
+def one_vs_rest_auroc(log_probabilities: Floats, labels: Ids) -> list[float | None]:
+    """Area under the receiver operating characteristic of each class against the rest: how often one of its images
+    scores above another image, a tie counting half (Fawcett, 2006, Pattern Recognition Letters 27).
 
     Args:
         log_probabilities: Shape (images, classes).
         labels: Class ids, shape (images,).
 
     Returns:
-        0 ... 1; None where all images are of one class.
+        For each class 0 ... 1; None for a class that has no images, or all.
     """
-    classes = np.unique(labels)
-    if len(classes) < 2:
-        return None
-    if log_probabilities.shape[1] == 2:
-        return float(roc_auc_score(labels == 1, log_probabilities[:, 1] - log_probabilities[:, 0]))
-    return float(np.mean([roc_auc_score(labels == index, log_probabilities[:, index]) for index in classes]))
+    scores = log_probabilities
+    if scores.shape[1] == 2:
+        # Of two classes each is the rest of the other, to the last digit.
+        second = scores[:, 1] - scores[:, 0]
+        scores = np.stack([-second, second], axis=1)
+    supports = np.bincount(labels, minlength=scores.shape[1])
+    return [
+        float(roc_auc_score(labels == index, scores[:, index])) if 0 < support < len(labels) else None
+        for index, support in enumerate(supports)
+    ]
+
+
+def mean_auroc(areas: Sequence[float | None]) -> float | None:
+    """Mean over the classes that `one_vs_rest_auroc` gives an area for (with two classes, either's); None without."""
+    known = [area for area in areas if area is not None]
+    return float(np.mean(known)) if known else None

@@ -33,6 +33,7 @@ class SplitFigures(_Part):
     ece: float | None = None
     accuracy_interval: _Interval | None = None
     macro_f1_interval: _Interval | None = None
+    interval_method: str | None = None
     per_class: dict[str, ClassFigures] = {}
 
 

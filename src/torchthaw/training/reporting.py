@@ -145,7 +145,6 @@ class ReportingTrainer(PushingTrainer):
             folder,
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=max(map(self.workers_for, measured.values()), default=0),
-            seed=self.args.seed,
             collate_fn=self.data_collator,
             progress=progress,
             scaling=scaling,

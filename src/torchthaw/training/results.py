@@ -68,7 +68,6 @@ def measure_views(
     *,
     batch_size: int,
     num_workers: int,
-    seed: int,
     collate_fn: Callable[..., Any],
     progress: ProgressBars = no_progress,
     scaling: TemperatureScaling | None = None,
@@ -81,7 +80,6 @@ def measure_views(
         folder: Gets `predictions/` and `plots/`.
         batch_size: Images at once.
         num_workers: Processes that decode images besides the main one.
-        seed: Of the bootstrap intervals.
         collate_fn: Makes a batch of samples.
         progress: Shows a bar.
         scaling: Is fitted and applied to the logits, which are those of a model without a temperature.
@@ -98,8 +96,11 @@ def measure_views(
             )  # fmt: skip
         if scaling is not None:
             logits = scaling(split, logits, labels)
-        paths = view.dataset["path"] if isinstance(view, ImageView) and "path" in view.dataset.column_names else None
-        figures[split] = measure_split(split, logits, labels, model.config.class_names, folder, paths=paths, seed=seed)
+        known = view.dataset.column_names if isinstance(view, ImageView) else []
+        paths, groups = (view.dataset[name][:] if name in known else None for name in ("path", "group"))
+        figures[split] = measure_split(
+            split, logits, labels, model.config.class_names, folder, paths=paths, groups=groups
+        )
     return figures
 
 
