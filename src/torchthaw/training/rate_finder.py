@@ -1,6 +1,6 @@
 """The learning-rate finder: range tests of the stages of a plan, on copies of the model.
 
-The methods of `Trainer` that are overridden were read in transformers 5.24 and are tested with 5.10.1 too.
+The methods of `Trainer` that are overridden were read in transformers 5.24.
 """
 
 import copy
