@@ -255,6 +255,11 @@ def predict(
         _print_json(predictions)
         return
     for line in predictions:
+        if isinstance(line["predicted"], list):
+            pairs = zip(line["predicted"], line["score"], strict=True)
+            labels = ", ".join(f"{printable(name)} {score:.4f}" for name, score in pairs) or "-"
+            print(f"{labels}  {printable(line['path'])}")
+            continue
         print(f"{line['score']:.4f}  {printable(line['predicted'])}  {printable(line['path'])}")
 
 

@@ -29,6 +29,8 @@ class SoupMetric(str, Enum):
     accuracy = "accuracy"
     macro_f1 = "macro_f1"
     balanced_accuracy = "balanced_accuracy"
+    map = "map"
+    micro_f1 = "micro_f1"
 
 
 @app.command(epilog="Example: `torchthaw card run1 --set license=apache-2.0 --set 'intended_use=Sorting of photos.'`")

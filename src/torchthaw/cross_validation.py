@@ -29,6 +29,7 @@ from torchthaw.single_run import (
     RECIPE_FILE,
     Job,
     announce,
+    figures_line,
     make_trainer,
     recipe_facts,
     report,
@@ -248,7 +249,14 @@ def _summarize(job: Job, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "mean": figures[job.metric]["mean"],
         "std": figures[job.metric]["std"],
         "figures": figures,
-        "pooled": pool_folds(folders, job.data.class_names, job.output, groups=_groups(job.data.splits["train"])),
+        "pooled": pool_folds(
+            folders,
+            job.data.class_names,
+            job.output,
+            groups=_groups(job.data.splits["train"]),
+            # `per_class` is not for cross-validation.
+            threshold=float(job.recipe.thresholds),
+        ),
         "num_images": [fold["num_images"] for fold in results],
         "stages": stage_votes([fold["stages"] for fold in results]),
         "batch_norm": {stage["name"]: stage["batch_norm"] for fold in results for stage in fold["stages"]},
@@ -301,22 +309,18 @@ def _run_final(job: Job, summary: dict[str, Any], reporter: Reporter) -> dict[st
 
 def _show(summary: Mapping[str, Any], reporter: Reporter) -> None:
     figures = summary["figures"]
+    first, named = ("map", "mAP") if "map" in figures else ("accuracy", "accuracy")
     stages = summary["stages"]
     rows = []
     for fold, sizes in enumerate(summary["num_images"]):
         kept = [stage["name"] for stage in stages if stage["kept"][fold]]
-        shown = [f"{figures[name]['values'][fold]:.4f}" for name in ("accuracy", "macro_f1")]
+        shown = [f"{figures[name]['values'][fold]:.4f}" for name in (first, "macro_f1")]
         rows.append((str(fold + 1), f"{sizes['validation']:,}", *shown, ", ".join(kept) or "none"))
-    spread = [f"{figures[name]['mean']:.4f} ± {figures[name]['std']:.4f}" for name in ("accuracy", "macro_f1")]
+    spread = [f"{figures[name]['mean']:.4f} ± {figures[name]['std']:.4f}" for name in (first, "macro_f1")]
     rows.append(("mean ± std", "", *spread, ""))
     reporter.table(
         f"cross-validation, {summary['folds']} folds by {summary['split_by']}",
-        ("fold", "validation images", "accuracy", "macro F1", "stages kept"),
+        ("fold", "validation images", named, "macro F1", "stages kept"),
         rows,
     )
-    pooled = summary["pooled"]
-    low, high = pooled["accuracy_interval"]
-    reporter.say(
-        f"all folds together: accuracy {pooled['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
-        f"{pooled['interval_method']}), macro F1 {pooled['macro_f1']:.4f}, {pooled['num_images']} images"
-    )
+    reporter.say(f"all folds together: {figures_line(summary['pooled'])}")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from datasets import DatasetDict, concatenate_datasets
 
 from torchthaw.auditing import MOST_IMAGES_FOR_FEATURES, backbone_features, examine, refuse_failed, show
@@ -14,10 +13,13 @@ from torchthaw.data.audit.report import AuditReport
 from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
 from torchthaw.data.hub_datasets import loaded_revision
 from torchthaw.data.images import BadImage, find_bad_images, leave_out
+from torchthaw.data.label_sets import class_names_of, has_label_sets, label_counts
+from torchthaw.data.label_sets import describe as describe_sets
 from torchthaw.data.loading import load_image_dataset
 from torchthaw.data.split_list import apply_split_list
 from torchthaw.data.splitting import describe_split, split_dataset, split_unit
-from torchthaw.errors import DataError
+from torchthaw.errors import DataError, RecipeError
+from torchthaw.evaluation.multilabel import DEFAULT_METRIC
 from torchthaw.recipe import DataRecipe, Recipe
 from torchthaw.training import processes
 from torchthaw.training.imbalance import IMBALANCE_FOR_MACRO_F1
@@ -50,6 +52,11 @@ class PreparedData:
     audit: AuditReport | None = None
     revision: str | None = None
 
+    @property
+    def several_labels(self) -> bool:
+        """Whether images may have several labels."""
+        return has_label_sets(self.splits["train"])
+
 
 def prepare_data(
     recipe: Recipe, *, reporter: Reporter, needs_validation: bool = True, features: bool = True
@@ -70,7 +77,10 @@ def prepare_data(
         DataError: the data cannot be read or does not fit, or fails its audit, which is strict.
     """
     data = recipe.data
-    loaded = load_data(data)
+    loaded = load_data(recipe.image_source(), problem_type=recipe.problem_type)
+    if has_label_sets(loaded["train"]):
+        sets, names = loaded["train"].select_columns(["label"])[:]["label"], class_names_of(loaded["train"])
+        reporter.say(f"{describe_sets(sets, len(names))}")
     revision = loaded_revision(loaded)
     listed = loaded if data.splits is None else apply_split_list(loaded, data.splits)
     if not needs_validation:
@@ -97,7 +107,7 @@ def prepare_data(
     unit, method = describe_split(splits, by=data.split_by, seed=recipe.seed, together=together)
     return PreparedData(
         splits=cut,
-        class_names=cut["train"].features["label"].names,
+        class_names=class_names_of(cut["train"]),
         bad_images=bad,
         origins=_origins(given, cut, {"validation": validation, "test": data.test}),
         split_by=unit,
@@ -147,6 +157,8 @@ def _judge(
     images = examined.scan.images
     where = {path: split for split, rows in cut.items() for path in rows.select_columns(["path"])[:]["path"]}
     features, not_checked = None, {}
+    if has_label_sets(cut["train"]):
+        look_closer = False
     if not look_closer:
         not_checked["suspicious labels"] = "that takes the backbone's weights"
     elif recipe.weights is None:
@@ -189,14 +201,21 @@ def _origins(given: set[str], splits: Collection[str], shares: dict[str, float |
     return origins
 
 
-def load_data(recipe: DataRecipe, *, class_names: Sequence[str] | None = None) -> DatasetDict:
+def load_data(
+    recipe: DataRecipe, *, class_names: Sequence[str] | None = None, problem_type: str = "auto"
+) -> DatasetDict:
     """Loads the splits that a recipe's data section names.
 
     Args:
         recipe: The section.
         class_names: Classes of a trained model, by whose order labels are numbered; None takes the data's.
+        problem_type: As for `load_image_dataset`.
     """
     if recipe.path is not None and recipe.path.startswith(BUILTIN_PREFIX):
+        if problem_type == "multi_label" or recipe.labels or recipe.label_separator:
+            raise DataError(
+                f"{recipe.path} has one label per image; leave out problem_type, labels and label_separator"
+            )
         return load_builtin_dataset(recipe.path.removeprefix(BUILTIN_PREFIX))
     source = recipe.path or recipe.name
     assert source is not None
@@ -209,14 +228,37 @@ def load_data(recipe: DataRecipe, *, class_names: Sequence[str] | None = None) -
         class_names=class_names,
         group=recipe.group,
         time=recipe.time,
+        problem_type=problem_type,
+        labels=recipe.labels,
+        label_separator=recipe.label_separator,
     )
 
 
 def selection_metric(recipe: Recipe, data: PreparedData) -> str:
-    """Returns what chooses the best weights: macro F1 or accuracy."""
+    """Returns what chooses the best weights: macro F1 or accuracy, or mAP where images may have several labels.
+
+    Raises:
+        RecipeError: the recipe asks for something that goes with several labels per image, and there is one.
+    """
+    if not data.several_labels:
+        asked = [f"metric: {recipe.metric}"] * (recipe.metric in ("map", "micro_f1"))
+        asked += [f"thresholds: {recipe.thresholds}"] * (recipe.thresholds != 0.5)
+        if asked:
+            raise RecipeError(
+                f"{' and '.join(asked)} {'go' if len(asked) > 1 else 'goes'} with several labels per image, and the "
+                "data has one; write metric: macro_f1 without thresholds, or problem_type: multi_label for text such "
+                "as cat|dog"
+            )
+    elif recipe.calibrate != "none":
+        raise RecipeError(
+            f"calibrate is {recipe.calibrate!r}, which is for one label per image, but images may have several labels; "
+            "leave it out"
+        )
     if recipe.metric != "auto":
         return recipe.metric
-    counts = np.bincount(data.splits["train"]["label"], minlength=len(data.class_names))
+    if data.several_labels:
+        return DEFAULT_METRIC
+    counts = label_counts(data.splits["train"])
     return "macro_f1" if counts.max() >= IMBALANCE_FOR_MACRO_F1 * max(1, counts.min()) else "accuracy"
 
 

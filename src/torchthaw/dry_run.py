@@ -27,7 +27,7 @@ from torchthaw.training.imbalance import ImbalanceSettings, settle
 from torchthaw.user_errors import as_user_error
 
 FROZEN = "frozen"
-_METRIC_NAMES = {"macro_f1": "macro F1"}
+_METRIC_NAMES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "map": "mAP"}
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         complete_arguments(arguments, model)
         balance = settle(
             ImbalanceSettings.of(arguments),
-            labels=data.splits["train"]["label"],
+            labels=None if data.several_labels else data.splits["train"]["label"],
             class_names=data.class_names,
-            several_labels=False,
+            several_labels=data.several_labels,
         )
     plan = _with_augmentation(full_plan(arguments, model), arguments.asked_augmentation)
     sizes = {split: len(images) for split, images in data.splits.items()}

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from datasets import Dataset, Image
 from huggingface_hub import hf_hub_download
@@ -21,7 +20,7 @@ from torchthaw.data_preparation import load_data
 from torchthaw.errors import DataError, SharingError, did_you_mean
 from torchthaw.evaluation.inference import predict_logits
 from torchthaw.evaluation.looks import count_test_images, describe_look, digests_of, read_digests
-from torchthaw.evaluation.metrics import classification_metrics
+from torchthaw.evaluation.multilabel_measuring import figures_of
 from torchthaw.recipe import DataRecipe, load_recipe
 from torchthaw.sharing.card import write_card
 from torchthaw.training.results import RESULTS_FILE, read_results, write_results
@@ -53,8 +52,8 @@ def evaluate_saved(
         reporter: Where messages go.
 
     Returns:
-        What `classification_metrics` gives, with `model`, `data` and `split`; `temperature` where scores are
-        calibrated; and `test_reads`, how often they were measured, where these are the run's test images.
+        What `classification_metrics` (or `multilabel_metrics`) gives, with `model`, `data` and `split`; `temperature`
+        where scores are calibrated; and `test_reads`, how often they were measured, where these are the run's test images.
 
     Raises:
         DataError: the data has no such split, or a class that the model does not know; or they are the run's test
@@ -62,7 +61,7 @@ def evaluate_saved(
     """
     model, processor = load_on_device(source)
     names = model.config.class_names
-    images = _images(source, data, split, names, group)
+    images = _images(source, data, split, names, group, several=model.config.several_labels)
     run = _run_of(source)
     if run is None and not Path(source).is_dir():
         reporter.say(f"The results of {source} could not be had, so nobody knows whether these are its test images.")
@@ -72,8 +71,8 @@ def evaluate_saved(
     checked, _ = check_images(images, progress=not reporter.quiet)
     with reporter.progress(f"evaluating {split}", len(checked)) as bar:
         logits = predict_logits(model, ImageView(checked, processor), batch_size=batch_size, on_progress=bar.update)
-    groups = checked["group"][:] if "group" in checked.column_names else None
-    figures = classification_metrics(logits, np.asarray(checked["label"]), names, groups=groups)
+    config = model.config
+    figures = figures_of(checked, logits, names, several=config.several_labels, thresholds=config.thresholds)
     document = {"model": source, "data": data, "split": split, **figures}
     if model.config.temperature != 1:
         document["temperature"] = model.config.temperature
@@ -82,9 +81,13 @@ def evaluate_saved(
     return document
 
 
-def _images(source: str, data: str | None, split: str, names: list[str], group: str | None) -> Dataset:
+def _images(
+    source: str, data: str | None, split: str, names: list[str], group: str | None, *, several: bool
+) -> Dataset:
     if data is not None:
-        splits = load_data(DataRecipe(path=data, group=group or NO_GROUPS), class_names=names)
+        problem_type = "multi_label" if several else "single_label"
+        section = DataRecipe(path=data, group=group or NO_GROUPS)
+        splits = load_data(section, class_names=names, problem_type=problem_type)
     else:
         if group is not None:
             raise DataError(

@@ -11,12 +11,15 @@ from rich.table import Table
 from torchthaw.console import printable
 
 _WIDTH_OF_FILES = 200
-_INTERVALS = {"accuracy": "accuracy_interval", "macro_f1": "macro_f1_interval"}
+_INTERVALS = {"map": "map_interval", "accuracy": "accuracy_interval", "macro_f1": "macro_f1_interval"}
 _NAMES = {
+    "map": "mAP",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
     "balanced_accuracy": "balanced accuracy",
+    "micro_f1": "micro F1",
     "weighted_f1": "weighted F1",
+    "hamming_loss": "Hamming loss",
     "top5_accuracy": "top-5 accuracy",
     "auroc": "AUROC",
     "loss": "log loss (nats)",
@@ -45,12 +48,16 @@ def show_figures(figures: Mapping[str, Any], *, per_class: bool = False, confusi
         if key not in figures:
             continue
         value = figures[key]
+        if key == "accuracy" and "map" in figures:
+            name = "all labels right"
         low, high = figures.get(_INTERVALS.get(key, ""), (None, None))
         interval = "" if low is None else f"{low:.4f} to {high:.4f}"
         table.add_row(name, "-" if value is None else f"{value:.4f}", interval)
     console.print(table)
     console.print(f"Intervals: {figures['interval_method']}.")
-    if per_class:
+    if "map" in figures:
+        console.print(_label_sets(figures["per_class"]))
+    elif per_class:
         table = _table("class", "precision", "recall", "F1", "images")
         for name, of in figures["per_class"].items():
             shown = [f"{of[key]:.4f}" if of["support"] else "-" for key in ("precision", "recall", "f1")]
@@ -65,6 +72,8 @@ def show_figures(figures: Mapping[str, Any], *, per_class: bool = False, confusi
 def _confusion(figures: Mapping[str, Any]) -> Table | str:
     names = list(figures["per_class"])
     matrix = figures.get("confusion_matrix")
+    if "map" in figures:
+        return "There is no confusion matrix where images may have several labels."
     if matrix is None:
         return f"There are {len(names)} classes, too many for a confusion matrix."
     if len(names) <= _WIDEST_MATRIX:
@@ -81,6 +90,16 @@ def _confusion(figures: Mapping[str, Any]) -> Table | str:
     table = _table("class", "taken for", "images")
     for number, true, predicted in sorted(pairs, key=lambda pair: -pair[0])[:_CONFUSIONS]:
         table.add_row(_safe(true), _safe(predicted), str(number))
+    return table
+
+
+def _label_sets(per_class: Mapping[str, Any]) -> Table:
+    """Shows each class where images may have several labels."""
+    table = _table("class", "average precision", "precision", "recall", "F1", "threshold", "images")
+    for name, of in per_class.items():
+        keys = ("average_precision", "precision", "recall", "f1")
+        shown = [f"{of[key]:.4f}" if of["support"] else "-" for key in keys]
+        table.add_row(_safe(name), *shown, f"{of['threshold']:.4f}", str(of["support"]))
     return table
 
 

@@ -39,7 +39,7 @@ def check_model(recipe: Recipe) -> None:
 
 
 def build_model(
-    recipe: Recipe, class_names: list[str]
+    recipe: Recipe, class_names: list[str], *, several_labels: bool = False
 ) -> tuple[TorchvisionForImageClassification, TorchvisionImageProcessor]:
     """Makes the model with a new head for the classes, and its image processor.
 
@@ -54,6 +54,7 @@ def build_model(
             image_size=recipe.image_size,
             dropout=recipe.dropout,
             stochastic_depth=recipe.stochastic_depth,
+            problem_type="multi_label_classification" if several_labels else None,
         )
         processor = TorchvisionImageProcessor.from_torchvision(
             recipe.backbone, weights=recipe.weights, image_size=recipe.image_size
@@ -104,6 +105,7 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path, validates: 
             frozen_precision=recipe.frozen_precision,
             live_precision=recipe.live_precision,
             calibrate=recipe.calibrate,
+            thresholds=recipe.thresholds,
             seed=recipe.seed,
             # Without being told, accelerate leaves several processes on CPUs to themselves.
             use_cpu=best_device().type == "cpu",

@@ -20,6 +20,9 @@ from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import make_plan
 from torchthaw.training.imbalance import ImbalanceSettings
 
+# The default of `load_image_dataset`, whose import takes long.
+_SEPARATOR = "|"
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +38,9 @@ class DataRecipe(_Section):
         revision: The Hub data set's revision: a commit, branch or tag.
         image_column: Column of images; None finds it.
         label_column: Column of labels; None finds it.
+        labels: Columns that hold 0 or 1, one for each class, where images may have several labels; together with
+            `label_column`, names of the classes where it holds lists of 0 and 1.
+        label_separator: What stands between the labels of an image where the label column is text; None is `|`.
         validation: Share (below 1) or number of training images to cut off for validation where the data has none.
         test: Likewise for a test split; 0 makes none.
         group: What tells images apart that are not independent of each other (patient, product, scene): a column, a
@@ -54,6 +60,8 @@ class DataRecipe(_Section):
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    labels: tuple[str, ...] | None = None
+    label_separator: str | None = None
     validation: float | int = 0.15
     test: float | int = 0.0
     group: str | None = None
@@ -85,6 +93,8 @@ class Recipe(_Section):
         weights: `DEFAULT` or another name of torchvision's weights, a file, a saved folder or Hub repository,
             `builtin`, or null for random weights.
         data: The images.
+        problem_type: `single_label` if each image is of one class, `multi_label` if it may be of any number of them;
+            `auto` takes the latter where the label column holds lists, or `data` has `labels` or `label_separator`.
         audit: What is done with the audit of the data, which comes first: `warn` tells what it found and goes on,
             `strict` stops where a finding fails, `off` only checks that all images can be decoded.
         cv: Number of folds of a cross-validation: every training image is validated once, by a model that was trained
@@ -102,7 +112,11 @@ class Recipe(_Section):
         image_size: Side of the square input, in pixels; None takes that of the weights.
         batch_size: Images per step and device.
         metric: What chooses the best weights: `accuracy`, `macro_f1`, or `auto`, which takes macro F1 when the largest
-            class has at least twice the images of the smallest.
+            class has at least twice the images of the smallest. Where images may have several labels also `map` (mean
+            average precision, which `auto` takes) and `micro_f1`; `accuracy` then counts images all of whose labels are
+            right.
+        thresholds: Where images may have several labels: the probability from which on an image is given one; or
+            `per_class`, which chooses those with the best F1 on the validation images in the end.
         gate: What decides after each stage, on the validation images, whether it is kept: `best` if the metric is
             better than before it, `significant` if it also gains beyond noise, `off` keeps every stage.
         min_gain: Least gain in the metric for which `best` and `significant` keep a stage.
@@ -141,6 +155,7 @@ class Recipe(_Section):
     backbone: str
     weights: str | None = "DEFAULT"
     data: DataRecipe = DataRecipe()
+    problem_type: Literal["auto", "single_label", "multi_label"] = "auto"
     audit: Literal["strict", "warn", "off"] = "warn"
     cv: int | None = Field(default=None, ge=2)
     cv_final: bool = False
@@ -152,7 +167,8 @@ class Recipe(_Section):
     augmentation: str | dict[str, Any] | None = None
     image_size: int | None = Field(default=None, ge=16)
     batch_size: int = Field(default=32, ge=1)
-    metric: Literal["auto", "accuracy", "macro_f1"] = "auto"
+    metric: Literal["auto", "accuracy", "macro_f1", "map", "micro_f1"] = "auto"
+    thresholds: Annotated[float, Field(gt=0, lt=1)] | Literal["per_class"] = 0.5
     gate: Literal["best", "significant", "off"] = "best"
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     on_reject: Literal["continue", "stop"] = "continue"
@@ -177,6 +193,12 @@ class Recipe(_Section):
     output: str | None = None
     card: CardOptions = CardOptions()
     push: PushRecipe = PushRecipe()
+
+    def image_source(self) -> DataRecipe:
+        """Returns the data section, which alone says how text is taken apart where images may have several labels."""
+        if self.problem_type != "multi_label" or self.data.label_separator is not None or self.data.labels is not None:
+            return self.data
+        return self.data.model_copy(update={"label_separator": _SEPARATOR})
 
     def stage_plan(self) -> StagePlan:
         """Returns the plan, with the rates that the backbone's family gives still open.
@@ -268,7 +290,7 @@ def data_section(source: str, given: Mapping[str, Any]) -> DataRecipe:
         RecipeError: the recipe cannot be read, or a value does not fit.
     """
     if Path(source).suffix.lower() in (".yaml", ".yml"):
-        return load_recipe(source, {f"data.{key}": value for key, value in given.items()}).data
+        return load_recipe(source, {f"data.{key}": value for key, value in given.items()}).image_source()
     try:
         return DataRecipe.model_validate({"path": source, "validation": 0.0, **given})
     except ValidationError as error:
@@ -345,6 +367,11 @@ def _explain(problem: Any) -> str:
         section = _SECTIONS.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
         known = list(section.model_fields)
         return f"unknown key {key!r}.{did_you_mean(location[-1], known)} Known keys: {', '.join(known)}."
+    if key == "problem_type" and problem["input"] == "regression":
+        return (
+            "problem_type is 'regression', to estimate a number, which torchthaw does not do: it classifies images. "
+            "Make classes of the numbers, such as ranges, and write problem_type: single_label"
+        )
     if problem["type"] == "missing":
         return f"{key} is missing; write, for example, {key}: resnet50"
     return f"{key} is {problem['input']!r}: {problem['msg']}"
@@ -362,6 +389,7 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
             )
     if recipe.data.path is None and recipe.data.name is None:
         raise RecipeError(f"{where} names no data; pass --data FOLDER, or write data: {{path: FOLDER}}")
+    _check_problem_type(recipe)
     if recipe.cv is None and recipe.cv_final:
         raise RecipeError(f"{where} has cv_final without cv; write the number of folds, such as cv: 5, or leave it out")
     if recipe.cv is not None and not recipe.cv_final and recipe.push.repo is not None:
@@ -384,3 +412,21 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
                 make_augmentation(stage.augmentation)
             except ThawError as error:
                 raise RecipeError(f"stage {stage.name!r}: {error}") from error
+
+
+def _check_problem_type(recipe: Recipe) -> None:
+    """Checks what goes with one or several labels per image, as far as the recipe says which there are."""
+    if recipe.problem_type == "single_label":
+        given = [key for key in ("labels", "label_separator") if getattr(recipe.data, key) is not None]
+        given = [f"data.{key}" for key in given] + [f"metric: {recipe.metric}"] * (recipe.metric in ("map", "micro_f1"))
+        given += ["thresholds"] * (recipe.thresholds != 0.5)
+        if given:
+            raise RecipeError(
+                f"problem_type is 'single_label', but {', '.join(given)} go with several labels per image; write "
+                "problem_type: multi_label, or leave them out"
+            )
+    if recipe.thresholds == "per_class" and recipe.cv is not None:
+        raise RecipeError(
+            "thresholds: per_class is chosen on validation images, which the final model of a cross-validation has not "
+            "got; write a number such as 0.5, or leave cv out"
+        )

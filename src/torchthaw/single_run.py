@@ -61,7 +61,7 @@ def make_trainer(job: Job) -> ThawTrainer:
         ThawError: backbone, weights, settings and data do not fit together.
     """
     transformers.set_seed(job.recipe.seed)
-    model, processor = build_model(job.recipe, job.data.class_names)
+    model, processor = build_model(job.recipe, job.data.class_names, several_labels=job.data.several_labels)
     splits = job.data.splits
     trainer = ThawTrainer(
         model=model,
@@ -201,13 +201,20 @@ def report(results: Mapping[str, Any], output: Path, reporter: Reporter) -> None
         reporter.say(Finding(**finding).sentence)
     for split in ("validation", "test"):
         if split in results:
-            figures = results[split]
-            low, high = figures["accuracy_interval"]
-            reporter.say(
-                f"{split}: accuracy {figures['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f}, "
-                f"{figures['interval_method']}), macro F1 {figures['macro_f1']:.4f}, {figures['num_images']} images"
-            )
+            reporter.say(f"{split}: {figures_line(results[split])}")
     reporter.say(f"saved to {output}; use it with pipeline('image-classification', model={str(output)!r})")
+
+
+def figures_line(figures: Mapping[str, Any]) -> str:
+    """Writes the figures of a split in a line: accuracy first, or where images may have several labels mAP."""
+    several = "map" in figures
+    key, name = ("map", "mAP") if several else ("accuracy", "accuracy")
+    (low, high), method = figures[f"{key}_interval"], figures["interval_method"]
+    more = f", all labels right {figures['accuracy']:.4f}" if several else ""
+    return (
+        f"{name} {figures[key]:.4f} (95 % interval {low:.3f} to {high:.3f}, {method}), macro F1 {figures['macro_f1']:.4f}{more}, "
+        f"{figures['num_images']} images"
+    )
 
 
 def _shown(value: float | None, form: str, unit: str = "") -> str:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from datasets import Dataset
 from torch import nn
@@ -13,19 +12,21 @@ from torchthaw.backbones.configuration import TorchvisionConfig
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.console import Reporter
 from torchthaw.data.images import check_images
+from torchthaw.data.label_sets import has_label_sets
 from torchthaw.data.views import ImageView
 from torchthaw.data_preparation import load_data, prepare_data
 from torchthaw.errors import DataError, SharingError
 from torchthaw.evaluation.inference import best_device, predict_split
 from torchthaw.evaluation.looks import count_test_images, digests_of, read_digests
 from torchthaw.evaluation.metrics import classification_metrics
+from torchthaw.evaluation.multilabel import multilabel_metrics
 from torchthaw.recipe import DataRecipe, Recipe, load_recipe
 from torchthaw.sharing.card import write_card
 from torchthaw.sharing.saved_models import load_saved
 from torchthaw.sharing.soup import Soup, greedy_soup, uniform_soup, wise_ft
 from torchthaw.training.results import read_results
 
-METRICS = ("accuracy", "macro_f1", "balanced_accuracy")
+METRICS = ("accuracy", "macro_f1", "balanced_accuracy", "map", "micro_f1")
 
 
 def make_soup(
@@ -50,7 +51,8 @@ def make_soup(
         uniform: Whether to average all runs, better or not.
         data: Images to choose on; None takes the validation images of the runs' recipe.
         split: Split of `data`.
-        metric: What is compared: `accuracy`, `macro_f1` or `balanced_accuracy`.
+        metric: What is compared: `accuracy`, `macro_f1` or `balanced_accuracy`; where images may have several labels,
+            also `map` or `micro_f1`.
         batch_size: Images at once.
 
     Returns:
@@ -66,7 +68,16 @@ def make_soup(
         raise SharingError(f"{output} exists, and torchthaw never overwrites anything; pass another --output")
     model, processor = load_saved(runs[0])
     images = _validation_images(runs, data, split, model.config, reporter)
-    labels, view, tried = np.asarray(images["label"]), ImageView(images, processor), 0
+    view, tried = ImageView(images, processor), 0
+    several = model.config.several_labels
+    if not several and metric in ("map", "micro_f1"):
+        raise SharingError(f"--metric {metric} is for models of several labels per image; write macro_f1 or accuracy")
+    if has_label_sets(images) != several:
+        kinds = ("one label", "several labels")
+        raise SharingError(
+            f"the images have {kinds[not several]} each, and the models give {kinds[several]}; pass --data with images "
+            "that are labelled as the models are"
+        )
 
     def score(candidate: TorchvisionForImageClassification) -> float:
         nonlocal tried
@@ -74,8 +85,9 @@ def make_soup(
         device: Any = best_device()
         nn.Module.to(candidate, device)
         with reporter.progress(f"measuring mixture {tried}", len(images)) as bar:
-            logits, _ = predict_split(candidate, view, batch_size=batch_size, on_progress=bar.update)
-        return float(classification_metrics(logits, labels, candidate.config.class_names)[metric])
+            logits, labels = predict_split(candidate, view, batch_size=batch_size, on_progress=bar.update)
+        measure = multilabel_metrics if several else classification_metrics
+        return float(measure(logits, labels, candidate.config.class_names, intervals=False)[metric])
 
     if start is not None:
         soup = wise_ft(start, runs[0], score)
@@ -93,7 +105,8 @@ def _validation_images(
     runs: Sequence[str], data: str | None, split: str, config: TorchvisionConfig, reporter: Reporter
 ) -> Dataset:
     if data is not None:
-        splits = load_data(DataRecipe(path=data, group="none"), class_names=config.class_names)
+        kind = "multi_label" if config.several_labels else "single_label"
+        splits = load_data(DataRecipe(path=data, group="none"), class_names=config.class_names, problem_type=kind)
         if split not in splits:
             raise DataError(
                 f"{data} has no split {split!r}; it has {', '.join(splits)}. Pass --split, or leave out --data to take "

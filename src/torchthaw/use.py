@@ -18,6 +18,7 @@ from torchthaw.data.images import check_images, image_extensions
 from torchthaw.data.views import ImageView
 from torchthaw.errors import DataError, ThawError, did_you_mean
 from torchthaw.evaluation.inference import best_device, predict_logits
+from torchthaw.evaluation.multilabel_figures import THRESHOLD, decide
 from torchthaw.sharing.saved_models import load_saved
 
 
@@ -39,7 +40,9 @@ def predict_paths(
     """Labels image files, and all images below folders.
 
     Returns:
-        For each image `path`, `predicted`, its `score`, and `scores` of all classes.
+        For each image `path`, `predicted`, its `score`, and `scores` of all classes. Of a model of several labels per
+        image, `predicted` is the list of classes whose score is at or above their threshold, best first, and `score`
+        the list of their scores.
 
     Raises:
         DataError: a path does not exist, there are no images, or some cannot be read.
@@ -52,6 +55,8 @@ def predict_paths(
     images, _ = check_images(Dataset.from_dict(columns, features=features), progress=not reporter.quiet)
     with reporter.progress("predicting", len(images)) as bar:
         logits = predict_logits(model, ImageView(images, processor), batch_size=batch_size, on_progress=bar.update)
+    if model.config.several_labels:
+        return _predicted_sets(files, logits, names, model.config.thresholds)
     scores = torch.from_numpy(logits).softmax(-1).tolist()
     return [
         {
@@ -62,6 +67,24 @@ def predict_paths(
         }
         for file, row in zip(files, scores, strict=True)
     ]
+
+
+def _predicted_sets(
+    files: Sequence[str], logits: np.ndarray, names: Sequence[str], thresholds: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    given = decide(logits, THRESHOLD if thresholds is None else thresholds)
+    lines = []
+    for file, row, chosen in zip(files, torch.from_numpy(logits).sigmoid().tolist(), given, strict=True):
+        best = sorted(np.flatnonzero(chosen).tolist(), key=lambda index: -row[index])
+        lines.append(
+            {
+                "path": file,
+                "predicted": [names[index] for index in best],
+                "score": [row[index] for index in best],
+                "scores": dict(zip(names, row, strict=True)),
+            }
+        )
+    return lines
 
 
 def backbone_table() -> list[dict[str, Any]]:

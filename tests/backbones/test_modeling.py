@@ -345,11 +345,13 @@ def test_losses():
     expected = -(several * chances.log() + (1 - several) * (1 - chances).log()).mean()
     assert model(images, labels=several).loss.item() == pytest.approx(expected.item(), rel=1e-5)
     model.config.problem_type = None
-    for labels in (several, torch.tensor([0.0, 1.0]), torch.tensor([[0], [1]])):
+    for labels in (several, torch.tensor([[0], [1]])):
         with pytest.raises(
             ValueError, match=r"do not fit logits of shape \(2, 3\). Pass class ids of shape \(batch,\)"
         ):
             model(images, labels=labels)
+    with pytest.raises(ValueError, match="one number per image to be estimated, which is regression"):
+        model(images, labels=torch.tensor([0.0, 1.0]))
 
 
 def test_inputs_that_do_not_fit():

@@ -306,8 +306,8 @@ def test_damaged_metadata(tmp_path):
     assert "Line 2 of" in message(root)
     file.write_text('{"file_name": "0.png", "label": 0.5}\n{"file_name": "1.png", "label": 1.5}')
     assert "'0.png' in train is 0.5; labels are text or whole numbers" in message(root)
-    file.write_text('{"file_name": "0.png", "label": ["a", "b"]}')
-    assert "['a', 'b']; labels are text or whole numbers" in message(root)
+    file.write_text('{"file_name": "0.png", "label": ["a", "b"]}\n{"file_name": "1.png", "label": "a"}')
+    assert "The label of '1.png' in train is 'a', and other images have lists" in message(root)
     (root / "metadata.csv").write_text("file_name,label\n0.png,a,b\n")
     assert "has both metadata.csv and metadata.jsonl" in message(root)
     file.unlink()
@@ -385,14 +385,23 @@ def test_the_usual_label_column_is_preferred_and_others_can_be_named():
         (lambda: table(["a", None]), {}, "1 of 2 images in train have no label: 'train/1'"),
         (lambda: table([0, -1], ClassLabel(names=["a", "b"])), {}, "1 of 2 images in train have no label"),
         (lambda: table([0.5, 1.5], Value("float32")), {}, "has the type float32; labels are text or whole numbers"),
-        (lambda: table([[0], [0, 1]], List(Value("int64"))), {}, "multi-label data is not supported"),
+        (
+            lambda: table([[0], [0, 1]], List(Value("int64"))),
+            {"problem_type": "single_label"},
+            "holds lists, so that an image may have several labels",
+        ),
+        (lambda: table([[[0]], [[1]]], List(List(Value("int64")))), {}, "holds lists that are no labels"),
         (lambda: table(["a", "b"]), {"label_column": "labl"}, "Did you mean 'label'"),
         (lambda: table(["a", "b"]), {"label_column": ["a", "b"]}, "one column of labels"),
         (lambda: table(["a", "b"]), {"image_column": "img"}, "no column 'img' for images"),
         (lambda: table(["a", "b"]), {"image_column": "label"}, "'label' of the data set (train) has no images"),
         (lambda: table(["a", "b"]).remove_columns("image"), {}, "has no column of images; its columns are: 'label'"),
         (lambda: table(["a", "b"], mask=pictures(2)), {}, "several columns of images: 'image', 'mask'"),
-        (lambda: table(["a", "b"], ant=[0, 1], bee=[1, 0]).remove_columns("label"), {}, "spread over several columns"),
+        (
+            lambda: table(["a", "b"], ant=[0, 1], bee=[1, 0]).remove_columns("label"),
+            {},
+            "one column of 0 and 1 for each class",
+        ),
         (lambda: table(["a", "a"]), {}, "one class only: 'a'"),
         (lambda: table(["a", "b"]).select([]), {}, "No images in 'train'"),
         (lambda: DatasetDict(test=table(["a", "b"])), {}, "no training split among 'test'"),

@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.special import log_softmax
 from scipy.stats import binom
-from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score
 
 from torchthaw.errors import PlanError
 from torchthaw.evaluation.evaluate_metric import ClassificationMetrics
@@ -436,3 +436,68 @@ def test_values_that_json_cannot_hold_become_null():
     assert (data["comparison"]["after"], data["comparison"]["difference"]) == (None, None)
     assert data["comparison"]["before"] == 0.5
     assert decide("off", None).to_dict()["comparison"] is None
+
+
+# Several labels per image
+
+
+def label_sets(seed=0, images=90, gain=0.8):
+    """Returns labels, and logits of an earlier and a later model."""
+    random = np.random.default_rng(seed)
+    labels = (random.random((images, 4)) < [0.5, 0.3, 0.2, 0.1]).astype(np.float32)
+    before = random.normal(size=labels.shape).astype(np.float32) + labels
+    after = before + gain * (labels - 0.5) + 0.3 * random.normal(size=labels.shape)
+    return labels, before, after.astype(np.float32)
+
+
+def set_score(metric, labels, logits):
+    chosen = 1 / (1 + np.exp(-logits)) >= 0.5
+    present = labels.any(axis=0)
+    if metric == "map":
+        return average_precision_score(labels[:, present], logits[:, present], average="macro")
+    if metric == "accuracy":
+        return accuracy_score(labels, chosen)
+    if metric == "loss":
+        return np.mean(np.logaddexp(0, logits.astype(float)) - logits * labels)
+    average = metric.removesuffix("_f1")
+    columns = np.flatnonzero(present) if average == "macro" else None
+    return f1_score(labels, chosen, average=average, labels=columns, zero_division=0)
+
+
+@pytest.mark.parametrize("metric", ["map", "macro_f1", "micro_f1", "accuracy", "loss"])
+def test_label_sets_are_compared_on_the_same_images(metric):
+    labels, *logits = label_sets()
+    values = [float(set_score(metric, labels, part)) for part in logits]
+    measured = [Measured(value, part, labels) for value, part in zip(values, logits, strict=True)]
+    made = compare(metric, *measured, seed=1)
+    assert made.difference == pytest.approx(values[1] - values[0])
+    low, high = made.interval
+    assert low < made.difference <= high, "all of the differing images got better"
+    assert made.p_value < 0.05, "the later model is better by construction"
+    assert decide("significant", made, greater_is_better=metric != "loss").accepted
+    right = [((1 / (1 + np.exp(-part)) >= 0.5) == labels).all(axis=1) for part in logits]
+    assert (made.wins, made.losses) == ((right[1] & ~right[0]).sum(), (right[0] & ~right[1]).sum())
+    if metric in ("map", "macro_f1"):
+        random, differences = np.random.default_rng(5), []
+        for _ in range(300):
+            rows = random.integers(len(labels), size=len(labels))
+            differences.append(np.subtract(*(set_score(metric, labels[rows], part[rows]) for part in logits[::-1])))
+        assert made.interval == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=0.03)
+    order = np.random.default_rng(0).permutation(len(labels))
+    turned = [Measured(value, part[order], labels[order]) for value, part in zip(values, logits, strict=True)]
+    assert compare(metric, *turned, seed=1) == made, "the order of the images has no say"
+
+
+def test_label_sets_without_a_change_are_a_tie_and_others_are_not_compared():
+    labels, before, after = label_sets()
+    value = float(set_score("map", labels, before))
+    same = compare("map", Measured(value, before, labels), Measured(value, before, labels))
+    assert (same.difference, same.interval, same.p_value) == (0, (0, 0), 1)
+    assert not decide("best", same).accepted
+    other = Measured(value, after, 1 - labels)
+    assert "do not have the same images and labels" in compare("map", Measured(value, before, labels), other).method
+    wrong = Measured(0.123, after, labels)
+    assert "map of the logits is" in compare("map", Measured(value, before, labels), wrong).method
+    broken = Measured(value, np.full_like(after, np.nan), labels)
+    assert "not finite" in compare("map", Measured(value, before, labels), broken).method
+    assert "for this metric" in compare("hamming_loss", Measured(value, before, labels), wrong).method

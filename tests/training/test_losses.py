@@ -105,6 +105,8 @@ def test_several_labels_per_image(logits, weights):
     ones = torch.ones(CLASSES) if weights is None else weights
     plain = F.binary_cross_entropy_with_logits(logits, labels, weight=ones, reduction="none").sum() / (12 * ones.sum())
     same(TrainingLoss(weights, several_labels=True)(logits, labels), plain, logits)
+    smooth = F.binary_cross_entropy_with_logits(logits, 0.8 * labels + 0.1, weight=ones, reduction="none").sum()
+    same(TrainingLoss(weights, smoothing=0.2, several_labels=True)(logits, labels), smooth / (12 * ones.sum()), logits)
     focal = (sigmoid_focal_loss(logits, labels, alpha=-1, gamma=1.5) * ones).sum() / (12 * ones.sum())
     same(TrainingLoss(weights, gamma=1.5, several_labels=True)(logits, labels), focal, logits)
 

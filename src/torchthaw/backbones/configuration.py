@@ -35,6 +35,8 @@ class TorchvisionConfig(PreTrainedConfig):
         id2label: Class names in the order of the logits, as a sequence or as a mapping from 0, 1, 2 ... to names.
         num_labels: Number of classes, which then are called `class_0`, `class_1` ...; needs no `id2label`.
             Without both there are 1000 classes, as torchvision builds it.
+        thresholds: Where an image may have several labels: the probability of each class from which on an image is said
+            to be of it, in the order of the logits; None stands for 0.5. Other class names take them away.
         **kwargs: Further fields of `PreTrainedConfig`. `problem_type` may be `multi_label_classification`.
 
     Raises:
@@ -54,6 +56,7 @@ class TorchvisionConfig(PreTrainedConfig):
     transform_input: bool = False
     pretrained_weights: str | None = None
     temperature: float = 1.0
+    thresholds: list[float] | None = None
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class TorchvisionConfig(PreTrainedConfig):
         temperature: float = 1.0,
         id2label: Sequence[str] | Mapping[int, str] | Mapping[str, str] | None = None,
         num_labels: int | None = None,
+        thresholds: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         family = family_of(architecture)
@@ -86,11 +90,6 @@ class TorchvisionConfig(PreTrainedConfig):
             )
         if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, and 1 for none; it is {temperature!r}.")
-        if kwargs.get("problem_type") == "regression":
-            raise ValueError(
-                "problem_type='regression' is not image classification. Leave it out, or write "
-                "problem_type='multi_label_classification' for images with several labels."
-            )
         kwargs.pop("label2id", None)
         # One from the Hub names the repository that it came from; what is saved next has its own code.
         kwargs.pop("auto_map", None)
@@ -111,11 +110,18 @@ class TorchvisionConfig(PreTrainedConfig):
         self.transform_input = transform_input
         self.pretrained_weights = pretrained_weights
         self.temperature = float(temperature)
+        self.thresholds = thresholds  # type: ignore[assignment]  # a list is made of it
 
     def __setattr__(self, key: str, value: Any) -> None:
-        if key == "id2label":
+        if key == "problem_type":
+            _check_problem_type(value)
+        elif key == "thresholds" and value is not None:
+            value = _checked_thresholds(value, self.num_labels)
+        elif key == "id2label":
             value = names_by_id(value)
             super().__setattr__("label2id", {name: index for index, name in value.items()})
+            if value != self.__dict__.get("id2label"):
+                super().__setattr__("thresholds", None)
         super().__setattr__(key, value)
 
     @property
@@ -132,6 +138,11 @@ class TorchvisionConfig(PreTrainedConfig):
     def class_names(self) -> list[str]:
         """Names of the classes in the order of the logits."""
         return list(names_by_id(self.id2label).values())
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether an image may have several labels."""
+        return bool(self.problem_type == "multi_label_classification")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -184,6 +195,29 @@ def _default_names(number: int) -> dict[int, str]:
 def _count(config_dict: Mapping[str, Any]) -> int | None:
     names = config_dict.get("id2label")
     return None if names is None else len(names)
+
+
+def _check_problem_type(value: Any) -> None:
+    if value == "regression":
+        raise ValueError(
+            "problem_type='regression', to estimate a number, is not image classification, and torchthaw does nothing "
+            "else. Leave it out and make classes of the numbers, such as ranges; or write "
+            "problem_type='multi_label_classification' for images with several labels."
+        )
+    if value not in (None, "single_label_classification", "multi_label_classification"):
+        raise ValueError(
+            f"problem_type={value!r} is unknown. Leave it out, or write 'multi_label_classification' for images with "
+            "several labels."
+        )
+
+
+def _checked_thresholds(values: Sequence[float], num_labels: int) -> list[float]:
+    thresholds = [float(value) for value in values]
+    if len(thresholds) != num_labels or not all(0 <= value <= 1 for value in thresholds):
+        raise ValueError(
+            f"thresholds must be a probability for each of the {num_labels} classes, not {list(values)[:10]}."
+        )
+    return thresholds
 
 
 def _check_probability(option: str, value: float | None, architecture: str, available: bool) -> None:

@@ -75,6 +75,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         dropout: float | None = None,
         stochastic_depth: float | None = None,
         aux_logits: bool = False,
+        problem_type: str | None = None,
     ) -> Model:
         """Builds a model from a torchvision architecture and pretrained weights.
 
@@ -91,6 +92,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
             stochastic_depth: See `TorchvisionConfig`.
             aux_logits: Whether to build the auxiliary heads of GoogLeNet and Inception v3; their weights are left out
                 otherwise.
+            problem_type: `multi_label_classification` where an image may have several labels; None for one.
 
         Raises:
             ValueError: If an argument does not fit the architecture, or the weights cannot be had or do not fit.
@@ -100,6 +102,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
             "dropout": dropout,
             "stochastic_depth": stochastic_depth,
             "aux_logits": aux_logits,
+            "problem_type": problem_type,
         }
         if weights is None:
             return cls(TorchvisionConfig(**options, image_size=image_size, id2label=id2label)).eval()
@@ -453,6 +456,13 @@ def classification_loss(
     labels = labels.to(pooled_logits.device)
     if labels.shape == pooled_logits.shape and config.problem_type == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(pooled_logits, labels.to(pooled_logits.dtype))
+    if labels.is_floating_point() and (labels.ndim == 1 or labels.shape[1:] == (1,)):
+        # Cross entropy of a single class would be 0, whatever the labels are.
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} are one number per image to be estimated, "
+            "which is regression, and this is a classifier. Pass class ids, integers of shape (batch,); for numbers, "
+            "classes of them, such as ranges."
+        )
     if labels.shape == pooled_logits.shape and labels.is_floating_point():
         return F.cross_entropy(pooled_logits, labels.to(pooled_logits.dtype))
     if labels.shape == pooled_logits.shape[:1] and not labels.is_floating_point():

@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 
 from datasets import ClassLabel, Features, Image, Value
 
+from torchthaw.data.label_set_reading import set_problem
+from torchthaw.data.label_sets import is_label_set
 from torchthaw.errors import DataError, did_you_mean
 
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "fine_label")
@@ -26,17 +28,43 @@ class Columns:
         label: Labels.
         group: Groups.
         time: Times.
+        labels: Columns that hold 0 or 1, one for each class; or names of the classes where the label column holds lists
+            of 0 and 1.
+        several: Whether images have several labels; None to find it out.
+        known: Classes of a model, whose names may be those of columns that hold 0 or 1.
     """
 
     image: str | None = None
     label: str | None = None
     group: str | None = None
     time: str | None = None
+    labels: tuple[str, ...] = ()
+    several: bool | None = None
+    known: tuple[str, ...] = ()
 
     @property
     def apart(self) -> dict[str, str]:
         """Returns those besides image and label by what they are for."""
         return {name: column for name, column in (("group", self.group), ("time", self.time)) if column is not None}
+
+    def flags(self, columns: Collection[str], where: str) -> tuple[str, ...]:
+        """Returns the columns that hold 0 or 1 for a class each; none where one column holds the labels.
+
+        Raises:
+            DataError: `labels` names a column that does not exist.
+        """
+        if self.label is not None:
+            return ()
+        if not self.labels:
+            return self.known if self.several and self.known and set(self.known) <= set(columns) else ()
+        missing = next((name for name in self.labels if name not in columns), None)
+        if missing is not None:
+            raise DataError(
+                f"labels names {missing!r}, and {where} has no such column; its columns are: "
+                f"{', '.join(map(repr, columns))}.{did_you_mean(missing, columns)} To name the classes of a column of "
+                "lists of 0 and 1, pass label_column, too."
+            )
+        return self.labels
 
     def check(self, columns: Collection[str], where: str) -> None:
         """Checks that the columns besides image and label are there.
@@ -67,6 +95,7 @@ def find_columns(
     label_column: str | None,
     where: str,
     apart: Collection[str] = (),
+    several: bool | None = None,
 ) -> tuple[str, str]:
     """Finds the image and label columns of a table, or checks those that the user named.
 
@@ -76,6 +105,7 @@ def find_columns(
         label_column: The user's choice, if any.
         where: What messages call the table.
         apart: Columns that are for something else, and are labels only if the user says so.
+        several: Whether images have several labels; None where either will do.
 
     Returns:
         Name of the image column, name of the label column.
@@ -83,9 +113,13 @@ def find_columns(
     Raises:
         DataError: A column is missing, of a type that cannot work, or more than one could be meant.
     """
-    image = _choose_image_column(features, image_column, where)
+    image = choose_image_column(features, image_column, where)
     others = [column for column in features if column != image and (column not in apart or column == label_column)]
     eligible = [column for column in others if column not in _FILE_NAMES and _type_problem(features[column]) is None]
+    lists = [column for column in eligible if is_label_set(features[column])]
+    # Beside a column with one label per image, lists are more likely to be boxes or scores.
+    plain = [column for column in eligible if column not in lists]
+    eligible = (lists or plain) if several else (plain or lists)
     label = choose_label_column(others, eligible=eligible, given=label_column, where=where)
     problem = _type_problem(features[label])
     if problem:
@@ -126,11 +160,17 @@ def choose_label_column(columns: Sequence[str], *, eligible: Collection[str], gi
         )
     raise DataError(
         f"{where} has several columns that could be the label: {', '.join(map(repr, eligible))}. Pass "
-        f"label_column={next(iter(eligible))!r} or another; labels spread over several columns are not supported."
+        f"label_column={next(iter(eligible))!r} or another; for one column of 0 and 1 for each class, pass labels with "
+        "their names."
     )
 
 
-def _choose_image_column(features: Features, given: str | None, where: str) -> str:
+def choose_image_column(features: Features, given: str | None, where: str) -> str:
+    """Chooses the image column: the user's, else the only one that holds images.
+
+    Raises:
+        DataError: There is none, or several could be meant.
+    """
     listed = ", ".join(map(repr, features))
     if given is not None:
         if given not in features:
@@ -164,13 +204,16 @@ def _type_problem(feature: Any) -> str | None:
     """Says why a column cannot be the label; `None` if it can."""
     if isinstance(feature, ClassLabel):
         return None
+    if is_label_set(feature):
+        return set_problem(feature)
     if not isinstance(feature, Value):
-        return f"holds several values per image ({feature}); multi-label data is not supported"
+        return f"holds no labels but {feature}"
     if feature.dtype in ("string", "large_string", "string_view", "bool") or "int" in feature.dtype:
         return None
     if feature.dtype == "null":
         return "is empty: no image has a label"
     return (
-        f"has the type {feature.dtype}; labels are text or whole numbers. If the numbers are classes, convert them: "
-        "`dataset.cast_column(NAME, datasets.Value('int64'))`"
+        f"has the type {feature.dtype}; labels are text or whole numbers, or lists of them. If the numbers are "
+        "classes, convert them: `dataset.cast_column(NAME, datasets.Value('int64'))`. To estimate a number is "
+        "regression, which torchthaw does not do"
     )

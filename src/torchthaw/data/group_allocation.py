@@ -1,5 +1,6 @@
 """Shares out whole groups of images so that the classes come out as evenly as the groups allow."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,11 @@ _WORK = 300_000_000
 
 
 def assign_groups(
-    groups: np.ndarray, labels: np.ndarray, shares: Sequence[float], *, first_needs_all: bool = False
+    groups: np.ndarray,
+    labels: Sequence[int] | Sequence[Sequence[int]] | np.ndarray,
+    shares: Sequence[float],
+    *,
+    first_needs_all: bool = False,
 ) -> np.ndarray:
     """Assigns each group to a part, none of which stays empty.
 
@@ -24,7 +29,7 @@ def assign_groups(
 
     Args:
         groups: Group of each image, numbered from 0 in the order in which groups of a size are placed.
-        labels: Class of each image, numbered from 0.
+        labels: Class of each image, numbered from 0; or all classes of each image, which then count in each of them.
         shares: Share of each part; they sum to 1. There are at least as many groups as parts.
         first_needs_all: Whether the first part is to have every class, whatever that costs elsewhere.
 
@@ -32,11 +37,14 @@ def assign_groups(
         Part of each group.
     """
     num_groups = int(groups.max()) + 1
-    present, classes = np.unique(labels, return_inverse=True)
+    several = len(labels) > 0 and isinstance(labels[0], Sequence)
+    sizes_of_sets = [len(found) for found in labels] if several else [1] * len(labels)  # type: ignore[arg-type]
+    flat = list(itertools.chain.from_iterable(labels)) if several else labels  # type: ignore[arg-type]
+    present, classes = np.unique(np.asarray(flat), return_inverse=True)
     missing_costs = np.full(len(shares), 1 / len(present))
     if first_needs_all:
         missing_costs[0] = 1000.0
-    search = _Search(groups, classes, np.asarray(shares, dtype=float), missing_costs)
+    search = _Search(groups, np.repeat(groups, sizes_of_sets), classes, np.asarray(shares, dtype=float), missing_costs)
     sizes = np.bincount(groups, minlength=num_groups)
     # Sizes by powers of two: of groups that are about as large, the order decides, and with it the seed.
     for group in np.argsort(-np.floor(np.log2(sizes)), kind="stable"):
@@ -53,14 +61,30 @@ class _Search:
     should; `holders` how many groups of a part have a class.
     """
 
-    def __init__(self, groups: np.ndarray, classes: np.ndarray, shares: np.ndarray, missing_costs: np.ndarray) -> None:
+    def __init__(
+        self,
+        groups: np.ndarray,
+        owners: np.ndarray,
+        classes: np.ndarray,
+        shares: np.ndarray,
+        missing_costs: np.ndarray,
+    ) -> None:
+        """Starts with no group in any part.
+
+        Args:
+            groups: Group of each image.
+            owners: Group of the image of each label.
+            classes: Class of each label.
+            shares: Share of each part.
+            missing_costs: What it costs each part to lack a class.
+        """
         num_groups, num_classes = int(groups.max()) + 1, int(classes.max()) + 1
-        counts = csr_array((np.ones(len(groups)), (groups, classes)), shape=(num_groups, num_classes))
+        counts = csr_array((np.ones(len(owners)), (owners, classes)), shape=(num_groups, num_classes))
         self.has = csr_array((np.ones_like(counts.data), counts.indices, counts.indptr), shape=counts.shape)
         # One column for each class, and one for all images.
         weights = 1 / np.append(np.bincount(classes) * np.sqrt(num_classes), len(groups))
         columns = np.concatenate([classes, np.full(len(groups), num_classes)])
-        rows = np.concatenate([groups, groups])
+        rows = np.concatenate([owners, groups])
         self.table = csr_array((weights[columns], (rows, columns)), shape=(num_groups, num_classes + 1))
         self.squares = np.add.reduceat(self.table.data**2, self.table.indptr[:-1])
         self.shares = shares

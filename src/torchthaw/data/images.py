@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from torchthaw.backbones.image_processing import to_rgb
+from torchthaw.data.label_sets import class_names_of, label_counts
 from torchthaw.errors import DataError
 
 # Pillow hands EPS to Ghostscript, which would execute the file; the others are documents and data, not pictures.
@@ -369,8 +370,7 @@ def _report(bad: list[BadImage], total: int) -> str:
 def _refuse_emptied_classes(before: Dataset, after: Dataset) -> None:
     if after is before:
         return
-    names = before.features["label"].names
-    emptied = sorted(set(before.select_columns("label")[:]["label"]) - set(after.select_columns("label")[:]["label"]))
-    if emptied:
-        classes = ", ".join(repr(names[label]) for label in emptied)
+    emptied = (label_counts(before) > 0) & (label_counts(after) == 0)
+    if emptied.any():
+        classes = ", ".join(repr(name) for name, gone in zip(class_names_of(before), emptied, strict=True) if gone)
         raise DataError(f"No image is left in {classes} after dropping those that cannot be decoded; mend the files.")

@@ -41,7 +41,8 @@ def names_of(values: Sequence[Any], feature: Any, paths: Sequence[str], split: s
             row for row, name in enumerate(names) if type(name) is not type(names[0]) or not isinstance(name, str | int)
         )
         raise DataError(
-            f"The label of {paths[row]!r} in {split} is {names[row]!r}; labels are text or whole numbers, one each."
+            f"The label of {paths[row]!r} in {split} is {names[row]!r}; labels are text or whole numbers, or lists of "
+            "them for all images. To estimate a number is regression, which torchthaw does not do."
         )
     return names
 

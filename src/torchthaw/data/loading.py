@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, List, Value
 
 from torchthaw.data.columns import Columns
 from torchthaw.data.folders import listing
 from torchthaw.data.grouping import clean_groups, group_column, groups_of
 from torchthaw.data.hub_datasets import load_hub_dataset
+from torchthaw.data.label_set_reading import PROBLEM_TYPES, read_label_sets
+from torchthaw.data.label_sets import is_label_set
 from torchthaw.data.labels import class_list, encode, names_of
 from torchthaw.data.sources import hub_name, named_splits, read_source
 from torchthaw.data.streamed_splits import as_streams
 from torchthaw.data.times import clean_times, exif_times, time_column
-from torchthaw.errors import DataError
+from torchthaw.errors import DataError, did_you_mean
 
 
 def load_image_dataset(
@@ -29,6 +31,9 @@ def load_image_dataset(
     streaming: bool = False,
     group: str | None = None,
     time: str | None = None,
+    problem_type: str = "auto",
+    labels: Sequence[str] | None = None,
+    label_separator: str | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """Loads labelled images.
 
@@ -58,18 +63,31 @@ def load_image_dataset(
             - by default the file `groups.csv` of the data's folder, where there is one; "none" leaves it aside.
         time: When an image was taken: a column with ISO dates or seconds, or "exif" for DateTimeOriginal, else
             DateTime, of the files.
+        problem_type: `single_label` for one class per image, `multi_label` for any number of them, or `auto`:
+            `multi_label` where the label column holds lists, or one of the next two is given. Lists hold class names,
+            class ids, or a 0 or 1 for each class (then all have the same length).
+        labels: Columns that hold 0 or 1, one for each class, in the order of the class ids; together with
+            `label_column`, names of the classes where it holds lists of 0 and 1.
+        label_separator: What stands between the classes where the label column is text, as in "cat|dog"; "|" for
+            `multi_label`. Empty text stands for none of the classes.
 
     Returns:
         A `DatasetDict` of the splits `train`, `validation` and `test`, as far as there are, each with the columns
         `image` (`Image(decode=False)`), `label` (`ClassLabel`, the same names in every split) and `path` (relative to
         the source, or `<split>/<row>` where the images have no file names); and, where they are known, `group` (text)
-        and `time` (seconds since 1970, UTC, where no time zone is stated; NaN where unknown). With `streaming`, an
+        and `time` (seconds since 1970, UTC, where no time zone is stated; NaN where unknown). Where images have several
+        labels, `label` is a list of class ids (`List(ClassLabel)`). With `streaming`, an
         `IterableDatasetDict` with the columns `image`, `label` as it is in the source, and `path` if it has one.
 
     Raises:
         DataError: The source, its columns, labels, groups or times cannot be used; the message says what to change.
     """
+    several = _asked(problem_type, labels, label_separator)
     if streaming:
+        if several:
+            raise DataError(
+                "several labels per image are not supported for streams; load the data set without streaming"
+            )
         if group is not None or time is not None:
             raise DataError(
                 "group and time are for splitting and checking, and a stream is neither split nor checked, as its "
@@ -85,19 +103,35 @@ def load_image_dataset(
         return as_streams(
             streams, repr(where), image_column=image_column, label_column=label_column, class_names=class_names
         )
-    wanted = Columns(image_column, label_column, group_column(group), time_column(time))
+    wanted = Columns(
+        image_column,
+        label_column,
+        group_column(group),
+        time_column(time),
+        labels=tuple(labels or ()),
+        several=several,
+        known=tuple(map(str, class_names or ())),
+    )
     splits = read_source(source, wanted, name=name, revision=revision)
     empty = [split for split, dataset in splits.items() if len(dataset) == 0]
     if empty:
         raise DataError(f"No images in {listing(empty)} of {_describe(source)}.")
     features = {split: dataset.features["label"] for split, dataset in splits.items()}
-    labels = {
-        split: names_of(dataset.select_columns(["label"])[:]["label"], features[split], _column(dataset, "path"), split)
-        for split, dataset in splits.items()
-    }
-    if class_names is None:
+    several = _settled(several, features, problem_type)
+    found: dict[str, list[Any]]
+    if several:
+        found, declared = read_label_sets(splits, names=labels, separator=label_separator)
+        declared = list(wanted.flags(labels or (), "labels")) or declared
+    else:
+        found = {
+            split: names_of(rows.select_columns(["label"])[:]["label"], features[split], _column(rows, "path"), split)
+            for split, rows in splits.items()
+        }
         train = features.get("train")
-        names = class_list(labels, train.names if isinstance(train, ClassLabel) else None)
+        declared = train.names if isinstance(train, ClassLabel) else None
+    if class_names is None:
+        flat: dict[str, list[Any]] = {split: _flat(part) if several else part for split, part in found.items()}
+        names = class_list(flat, declared)
     else:
         names = [str(class_name) for class_name in class_names]
         if len(set(names)) < len(names):
@@ -105,8 +139,70 @@ def load_image_dataset(
     splits = _with_groups(splits, group, source)
     splits = _with_times(splits, time)
     return DatasetDict(
-        {split: _with_labels(dataset, encode(labels[split], names, split), names) for split, dataset in splits.items()}
+        {
+            split: _with_labels(rows, _encoded(found[split], names, split, several=several), names, several=several)
+            for split, rows in splits.items()
+        }
     )
+
+
+def _asked(problem_type: str, labels: Sequence[str] | None, separator: str | None) -> bool | None:
+    """Says whether several labels per image were asked for; None where the data decides."""
+    if problem_type not in PROBLEM_TYPES:
+        regression = " To estimate a number is regression, which torchthaw does not do: it classifies images."
+        raise DataError(
+            f"problem_type={problem_type!r} does not work; write one of {', '.join(PROBLEM_TYPES)}."
+            f"{regression if problem_type == 'regression' else did_you_mean(problem_type, PROBLEM_TYPES)}"
+        )
+    given = " and ".join(key for key, value in (("labels", labels), ("label_separator", separator)) if value)
+    if labels is not None and len(labels) == 1:
+        raise DataError(
+            f"labels names one class, {labels[0]!r}; whether an image is of it or not is one label per image: write "
+            f"label_column={labels[0]!r} instead."
+        )
+    if problem_type == "single_label":
+        if given:
+            raise DataError(
+                f"problem_type is 'single_label', and {given} {'are' if ' ' in given else 'is'} for several labels per "
+                "image; write problem_type='multi_label', or leave one of them out."
+            )
+        return False
+    return True if problem_type == "multi_label" or given else None
+
+
+def _settled(several: bool | None, features: Mapping[str, Any], problem_type: str) -> bool:
+    """Compares what was asked for with the type of the label column.
+
+    Raises:
+        DataError: There are lists and one label was asked for, or the other way round.
+    """
+    in_lists = [is_label_set(feature) for feature in features.values()]
+    if several is False and any(in_lists):
+        raise DataError(
+            "The label column holds lists, so that an image may have several labels, but one label per image was asked "
+            "for (problem_type 'single_label', or a model for that); write problem_type='multi_label', and for a model "
+            "from_torchvision(..., problem_type='multi_label_classification')."
+        )
+    texts = [isinstance(feature, Value) and "string" in feature.dtype for feature in features.values()]
+    if several and not all(a or b for a, b in zip(in_lists, texts, strict=True)):
+        raise DataError(
+            f"problem_type is {problem_type!r}, but the label column holds one class per image "
+            f"({next(iter(features.values()))}). Several are a list, a text such as 'cat|dog', or columns of 0 and 1, "
+            "named in labels; for one class per image, leave problem_type out."
+        )
+    return any(in_lists) if several is None else several
+
+
+def _flat(sets: Sequence[Sequence[Any]]) -> list[Any]:
+    return [label for labels in sets for label in labels]
+
+
+def _encoded(labels: Sequence[Any], names: Sequence[str], split: str, *, several: bool) -> list[Any]:
+    """Returns class ids by name: one for each image, or a sorted list for each."""
+    if not several:
+        return encode(labels, names, split)
+    ids = iter(encode(_flat(labels), names, split))
+    return [sorted(next(ids) for _ in found) for found in labels]
 
 
 def _with_groups(splits: dict[str, Dataset], group: str | None, source: Any) -> dict[str, Dataset]:
@@ -160,8 +256,10 @@ def _with_column(splits: Mapping[str, Dataset], name: str, values: Sequence[Any]
     return result
 
 
-def _with_labels(dataset: Dataset, ids: list[int], names: list[str]) -> Dataset:
-    labelled = dataset.remove_columns("label").add_column("label", ids, feature=ClassLabel(names=names))
+def _with_labels(dataset: Dataset, ids: list[Any], names: list[str], *, several: bool) -> Dataset:
+    classes = ClassLabel(names=names)
+    feature = List(classes) if several else classes
+    labelled = dataset.remove_columns("label").add_column("label", ids, feature=feature)
     known = [column for column in ("group", "time") if column in dataset.column_names]
     return labelled.select_columns(["image", "label", "path", *known])
 

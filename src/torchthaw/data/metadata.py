@@ -12,6 +12,7 @@ from typing import Any
 
 from torchthaw.data.columns import Columns, choose_label_column
 from torchthaw.data.folders import Record, listing, relative
+from torchthaw.data.label_set_reading import ones
 from torchthaw.errors import DataError, did_you_mean
 
 # "007" is a name: as a number it would lose its zeros.
@@ -45,12 +46,17 @@ def read_metadata(file: Path, root: Path, wanted: Columns) -> list[Record]:
     wanted.check(columns, repr(str(file)))
     left_out = {file_column, *wanted.apart.values()} - {wanted.label}
     candidates = [column for column in columns if column not in left_out]
-    label = choose_label_column(candidates, eligible=candidates, given=wanted.label, where=repr(str(file)))
     names = [row.get(file_column) for row in rows]
     _check_names(names, file)
-    values = [row.get(label) for row in rows]
-    if file.suffix.lower() == ".csv":
-        values = _as_numbers(values, f"column {label!r} of {str(file)!r}")
+    flags = wanted.flags(candidates, repr(str(file)))
+    values: list[Any]
+    if flags:
+        values = [ones(row, flags, f"{str(file)!r}, row {number}") for number, row in enumerate(rows, start=1)]
+    else:
+        label = choose_label_column(candidates, eligible=candidates, given=wanted.label, where=repr(str(file)))
+        values = [row.get(label) for row in rows]
+        if file.suffix.lower() == ".csv" and not wanted.several:
+            values = _as_numbers(values, f"column {label!r} of {str(file)!r}")
     paths = [os.path.normpath(file.parent / str(name)) for name in names]
     apart = [{name: _text(row.get(column)) for name, column in wanted.apart.items()} for row in rows]
     return [
@@ -130,6 +136,6 @@ def _as_numbers(labels: list[Any], where: str) -> list[Any]:
     if all(_WHOLE_NUMBER.fullmatch(label) or _DECIMAL_NUMBER.fullmatch(label) for label in given):
         raise DataError(
             f"The labels in {where} are decimal numbers, such as {given[0]!r}. Labels are text or whole numbers: write "
-            "class names, or numbers without a point."
+            "class names, or numbers without a point. To estimate a number is regression, which torchthaw does not do."
         )
     return labels

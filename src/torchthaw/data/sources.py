@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 
-from torchthaw.data.columns import Columns, find_columns
+from torchthaw.data.columns import Columns, choose_image_column, find_columns
 from torchthaw.data.folders import (
     SPLITS,
     Record,
@@ -21,6 +21,7 @@ from torchthaw.data.folders import (
     split_of,
 )
 from torchthaw.data.hub_datasets import load_hub_dataset
+from torchthaw.data.label_set_reading import ones
 from torchthaw.data.labels import names_of
 from torchthaw.data.metadata import read_metadata
 from torchthaw.errors import DataError, did_you_mean
@@ -88,6 +89,12 @@ def _from_folder(root: Path, wanted: Columns) -> dict[str, Dataset]:
         table = metadata_file(folder)
         if table:
             records[split] = read_metadata(table, root, wanted)
+        elif wanted.several or wanted.labels:
+            raise DataError(
+                f"{str(folder)!r} has class folders, which give each image one label. For several, put the images "
+                "into one folder with a metadata.csv of the columns file_name and labels, as in 1.jpg,cat|dog; or "
+                "leave out problem_type, labels and label_separator."
+            )
         elif wanted.image or wanted.label:
             raise DataError(
                 f"{str(folder)!r} has class folders and no columns; leave out image_column and label_column."
@@ -96,7 +103,7 @@ def _from_folder(root: Path, wanted: Columns) -> dict[str, Dataset]:
             wanted.refuse(f"{str(folder)!r} has class folders and no columns")
         else:
             records[split] = read_class_folders(folder, root)
-    return _from_records(records)
+    return _from_records(records, wanted)
 
 
 def _from_metadata(table: Path, wanted: Columns) -> dict[str, Dataset]:
@@ -106,8 +113,8 @@ def _from_metadata(table: Path, wanted: Columns) -> dict[str, Dataset]:
     for record in records:
         by_split.setdefault(split_of(record.path.split("/")[0]), []).append(record)
     if "train" in by_split and None not in by_split:
-        return _from_records({split: found for split, found in by_split.items() if split})
-    return _from_records({"train": records})
+        return _from_records({split: found for split, found in by_split.items() if split}, wanted)
+    return _from_records({"train": records}, wanted)
 
 
 def _from_file(path: Path, wanted: Columns) -> dict[str, Dataset]:
@@ -165,21 +172,26 @@ def named_splits(found: Mapping[Any, Dataset], where: str) -> dict[str, Dataset]
     return {split: found[keys[split]] for split in SPLITS if split in keys}
 
 
-def _from_records(records: Mapping[str, Sequence[Record]]) -> dict[str, Dataset]:
+def _from_records(records: Mapping[str, Sequence[Record]], wanted: Columns) -> dict[str, Dataset]:
     splits = {}
+    in_lists = any(isinstance(record.label, list) for found in records.values() for record in found)
     for split in (split for split in SPLITS if split in records):
         found = records[split]
-        labels = names_of([record.label for record in found], None, [record.path for record in found], split)
-        number = bool(labels) and isinstance(labels[0], int)
+        labels: list[Any] = [record.label for record in found]
+        if in_lists:
+            kind: Any = _list_type(found, split)
+        elif wanted.several:
+            labels, kind = [None if label is None else str(label) for label in labels], Value("string")
+        else:
+            labels = names_of(labels, None, [record.path for record in found], split)
+            kind = Value("int64" if labels and isinstance(labels[0], int) else "string")
         splits[split] = Dataset.from_dict(
             {
                 "image": [{"bytes": None, "path": record.file} for record in found],
                 "label": labels,
                 "path": [record.path for record in found],
             },
-            features=Features(
-                image=Image(decode=False), label=Value("int64" if number else "string"), path=Value("string")
-            ),
+            features=Features(image=Image(decode=False), label=kind, path=Value("string")),
         )
         for name in found[0].more if found else ():
             values = [record.more[name] for record in found]
@@ -187,19 +199,52 @@ def _from_records(records: Mapping[str, Sequence[Record]]) -> dict[str, Dataset]
     return splits
 
 
+def _list_type(records: Sequence[Record], split: str) -> List:
+    """Returns the type of a column of lists.
+
+    Raises:
+        DataError: An image has something else than a list of names, or of numbers.
+    """
+    wrong = next((record for record in records if not isinstance(record.label, list)), None)
+    if wrong is not None:
+        raise DataError(
+            f"The label of {wrong.path!r} in {split} is {wrong.label!r}, and other images have lists; write a list for "
+            "every image, an empty one for an image of none of the classes."
+        )
+    parts = [part for record in records for part in record.label if part is not None]
+    if all(isinstance(part, str) for part in parts):
+        return List(Value("string"))
+    odd = next((part for part in parts if not isinstance(part, int | float)), None)
+    if odd is not None:
+        raise DataError(
+            f"Lists of labels in {split} hold {odd!r} beside other kinds of values; write class names, class ids, or "
+            "one 0 or 1 for each class."
+        )
+    return List(Value("float64" if any(isinstance(part, float) for part in parts) else "int64"))
+
+
 def _from_tables(tables: Mapping[str, Dataset], where: str, wanted: Columns) -> dict[str, Dataset]:
     splits = {}
     for split, table in tables.items():
         place = f"{where} ({split})"
         wanted.check(list(table.features), place)
-        image, label = find_columns(
-            table.features,
-            image_column=wanted.image,
-            label_column=wanted.label,
-            where=place,
-            apart=wanted.apart.values(),
-        )
         bare = table.with_format(None)
+        flags = wanted.flags(list(table.features), place)
+        if flags:
+            image, label = choose_image_column(table.features, wanted.image, place), "label"
+            rows = bare.select_columns(list(flags))
+            sets = [ones(row, flags, f"{place}, row {number}") for number, row in enumerate(rows)]
+            bare = bare.remove_columns([label] if label in bare.column_names else [])
+            bare = bare.add_column(label, sets, feature=List(Value("string")))
+        else:
+            image, label = find_columns(
+                table.features,
+                image_column=wanted.image,
+                label_column=wanted.label,
+                where=place,
+                apart=wanted.apart.values(),
+                several=wanted.several,
+            )
         paths = bare.select_columns(["path"]) if "path" in table.features else None
         kept = bare.select_columns([image, label]).rename_columns(_renamed(image, label))
         kept = kept.cast_column("image", Image(decode=False))

@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from torchthaw.data.folders import SPLITS, listing
+from torchthaw.data.label_sets import class_names_of, label_counts
 from torchthaw.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -125,8 +126,8 @@ def warn_of_time_running_backwards(splits: Mapping[str, Dataset]) -> None:
 
 def lacking_classes(images: Dataset, part: Dataset) -> list[str]:
     """Returns the names of the classes of images of which a part has none."""
-    names: list[str] = images.features["label"].names
-    return [names[label] for label in sorted(set(column(images, "label")) - set(column(part, "label")))]
+    lacking = (label_counts(images) > 0) & (label_counts(part) == 0)
+    return [name for name, lacks in zip(class_names_of(images), lacking, strict=True) if lacks]
 
 
 def times_of(images: Dataset) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from torchthaw.data.folders import listing
+from torchthaw.data.label_sets import has_label_sets
 from torchthaw.data.split_checks import column, times_of
 from torchthaw.errors import DataError, did_you_mean
 
@@ -59,12 +60,15 @@ def describe_split(
         DataError: As for `split_unit`.
     """
     unit = split_unit(dataset, by)
+    stratified = "stratified by class"
+    if has_label_sets(dataset["train"]):
+        stratified = "the shares of all labels as even as whole images allow"
     if unit == "image" and len(together):
         sets = "1 set" if len(together) == 1 else f"{len(together)} sets"
         kept = f"copies of the same picture kept together ({sets})"
-        return unit, f"stratified by class, {kept}, chosen by the images' content and seed {seed}"
+        return unit, f"{stratified}, {kept}, chosen by the images' content and seed {seed}"
     if unit == "image":
-        return unit, f"stratified by class, chosen by the images' content and seed {seed}"
+        return unit, f"{stratified}, chosen by the images' content and seed {seed}"
     if unit == "group":
         how = "whole groups, the classes as even as these allow"
         return unit, f"{how}, chosen by the images' content and seed {seed}"

@@ -15,6 +15,7 @@ from torchthaw.data.allocation import cut_by_class, cut_in_order, fold_by_class
 from torchthaw.data.contents import content_digests, group_keys, image_keys
 from torchthaw.data.folders import SPLITS
 from torchthaw.data.group_allocation import assign_groups
+from torchthaw.data.label_sets import has_label_sets
 from torchthaw.data.split_checks import column
 from torchthaw.data.split_units import SplitBy, describe_split, known_groups, split_unit, unit_in_time, units_in_time
 from torchthaw.errors import DataError
@@ -35,6 +36,9 @@ def split_dataset(
 
     - By image: every class gives its share to within one image, and the totals are exact to rounding (largest
       remainders), except that every class keeps at least one image for training.
+      Where images have several labels, the shares of all images and of each class are met as well as whole images
+      allow (the aim of iterative stratification, Sechidis et al., "On the Stratification of Multi-Label Data", 2011,
+      reached by the search that places groups).
     - By group: no group (patient, product, scene ...) is in two splits. The shares of all images and of each class are
       met as well as the groups allow; every class is in training if that is possible.
     - By time: training images come before validation images, and these before test images; images of the same time stay
@@ -148,6 +152,8 @@ def fold_dataset(
 
 
 def _cut_by_image(train: Dataset, shares: dict[str, Fraction], seed: int) -> dict[str, list[int]]:
+    if has_label_sets(train):
+        return _cut_by_group(_grouped(train, ()), shares, seed)
     return cut_by_class(column(train, "label"), _image_keys(train, seed), shares)
 
 
@@ -173,6 +179,8 @@ def _cut_by_time(train: Dataset, shares: dict[str, Fraction], _seed: int) -> dic
 
 def _folds_by_image(images: Dataset, folds: int, seed: int) -> list[tuple[list[int], list[int]]]:
     split_checks.refuse_few(len(images), folds, "folds", "images")
+    if has_label_sets(images):
+        return _folds_by_group(_grouped(images, ()), folds, seed)
     return _against_the_rest(fold_by_class(column(images, "label"), _image_keys(images, seed), folds))
 
 
@@ -209,8 +217,7 @@ def _rows_of_parts(
     keys = group_keys(content_digests(images), groups, seed)
     numbers = {group: number for number, group in enumerate(sorted(keys, key=keys.__getitem__))}
     numbered = np.array([numbers[group] for group in groups])
-    labels = np.array(column(images, "label"))
-    parts = assign_groups(numbered, labels, shares, first_needs_all=first_needs_all)[numbered]
+    parts = assign_groups(numbered, column(images, "label"), shares, first_needs_all=first_needs_all)[numbered]
     return [np.flatnonzero(parts == part).tolist() for part in range(len(shares))]
 
 

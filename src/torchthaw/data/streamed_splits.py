@@ -6,6 +6,7 @@ from datasets import ClassLabel, Image, IterableDataset, IterableDatasetDict
 
 from torchthaw.data.columns import find_columns
 from torchthaw.data.folders import listing
+from torchthaw.data.label_set_reading import refuse_label_sets
 from torchthaw.errors import DataError, did_you_mean
 
 
@@ -58,6 +59,7 @@ def _as_stream(
             "its columns into its card (dataset_info: features)."
         )
     image, label = find_columns(stream.features, image_column=image_column, label_column=label_column, where=where)
+    refuse_label_sets(stream.features[label], where)
     columns = [image, label, *(["path"] if "path" in set(stream.features) - {image, label} else [])]
     kept = stream.select_columns(columns)
     renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}

@@ -15,6 +15,7 @@ from torchthaw.data.augmentation import Augmentation
 from torchthaw.data.columns import find_columns
 from torchthaw.data.folders import listing
 from torchthaw.data.images import decode_image
+from torchthaw.data.label_set_reading import refuse_label_sets
 from torchthaw.data.transforms import ImageTransform, view_transform
 from torchthaw.data.views import hashed_seed, seeded
 from torchthaw.errors import DataError, did_you_mean
@@ -71,6 +72,7 @@ class ImageStream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             dataset.features, image_column=image_column, label_column=label_column, where="the streamed data set"
         )
         self._feature = dataset.features[self._label]
+        refuse_label_sets(self._feature, "the streamed data set")
         names = self._feature.names if class_names is None and isinstance(self._feature, ClassLabel) else class_names
         if names is None:
             raise DataError(

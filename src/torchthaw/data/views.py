@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from datasets import ClassLabel, Dataset, Image
+from datasets import Dataset, Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +17,7 @@ from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.data.augmentation import Augmentation
 from torchthaw.data.finishing import Mixing, View, unfinished
 from torchthaw.data.images import decode_image
+from torchthaw.data.label_sets import class_label_of, class_names_of, has_label_sets, multi_hot
 from torchthaw.data.transforms import ImageTransform, TrainTransform, view_transform
 from torchthaw.errors import DataError
 
@@ -50,7 +51,7 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
     own sample. What is random, and at which resolution, is in `TrainTransform`.
 
     Args:
-        dataset: A split with the columns `image`, `label` (`ClassLabel`) and, for messages, `path`.
+        dataset: A split with the columns `image`, `label` (`ClassLabel`, or lists of them) and, for messages, `path`.
         processor: Processor of the model; gives size, interpolation, mean and standard deviation.
         augmentation: Random changes for training; `None` for the processor's own pixels.
         seed: Seed of the run.
@@ -70,7 +71,7 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         stage: int = 0,
         views: int | None = None,
     ) -> None:
-        if "image" not in dataset.features or not isinstance(dataset.features.get("label"), ClassLabel):
+        if "image" not in dataset.features or class_label_of(dataset.features.get("label")) is None:
             raise DataError(
                 f"A view needs the columns 'image' and 'label' (ClassLabel); there are {dict(dataset.features)}. "
                 "Pass the data set through load_image_dataset(dataset) first."
@@ -86,7 +87,7 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.transform: ImageTransform = view_transform(processor, augmentation)
         self.kept: KeptPictures | None = None
         self._finishes = True
-        self._labels = np.asarray(self.dataset["label"][:], dtype=np.int64)
+        self._labels = self._read_labels()
         self._names = self.dataset["path"][:] if "path" in self.dataset.column_names else None
         self._files = _files_of(self.dataset)
         self._images = self.dataset.select_columns(["image"])
@@ -130,7 +131,7 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
     @property
     def class_names(self) -> list[str]:
         """Class names in the order of their ids."""
-        return list(self.dataset.features["label"].names)
+        return class_names_of(self.dataset)
 
     @property
     def num_classes(self) -> int:
@@ -152,7 +153,8 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
 
         Returns:
             `pixel_values`, float of shape (3, height, width), and `labels`: an integer, or with mixup or cutmix a float
-            vector of length `num_classes` that sums to one.
+            vector of length `num_classes` that sums to one. Where images have several labels: a float vector with 1 for
+            each, or with mixup or cutmix the mean of two such, weighted by the shares of the images.
 
         Raises:
             DataError: The image cannot be decoded; the message names it.
@@ -188,7 +190,7 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
                 labels.copy_(mixed_labels)
             else:
                 self._view(row, repeat, out)
-                labels.fill_(int(self._labels[row]))
+                labels.copy_(torch.tensor(self._labels[row]))
         return Batch(stacked)
 
     def value(self, row: int) -> Any:
@@ -224,8 +226,15 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         return int(random.integers(len(self))), Mixing.drawn(self.augmentation, height, width, random)
 
     def _mixed_labels(self, row: int, partner: int, mixing: Mixing) -> Tensor:
-        one_hot = F.one_hot(torch.from_numpy(self._labels[[row, partner]]), self.num_classes).float()
-        return mixing.share * one_hot[0] + (1 - mixing.share) * one_hot[1]
+        both = torch.from_numpy(self._labels[[row, partner]])
+        vectors = both if both.is_floating_point() else F.one_hot(both, self.num_classes).float()
+        return mixing.share * vectors[0] + (1 - mixing.share) * vectors[1]
+
+    def _read_labels(self) -> npt.NDArray[Any]:
+        labels = self.dataset["label"][:]
+        if has_label_sets(self.dataset):
+            return multi_hot(labels, self.num_classes)
+        return np.asarray(labels, dtype=np.int64)
 
     def _view(self, row: int, repeat: int, out: Tensor | None = None) -> Tensor:
         with seeded(self._seed_of(row, repeat, "view")):

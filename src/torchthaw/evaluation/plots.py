@@ -16,6 +16,7 @@ from torchthaw.evaluation.drawing import (
     BLACK,
     BLUE,
     GREEN,
+    ORANGE,
     PURPLE,
     SKY,
     VERMILION,
@@ -34,6 +35,7 @@ from torchthaw.evaluation.drawing import (
 
 EMPTY = "#D9D9D9"
 METRICS = {
+    "eval_map": ("mAP", ORANGE, "-"),
     "eval_accuracy": ("accuracy", GREEN, "-"),
     "eval_macro_f1": ("macro F1", PURPLE, "--"),
     "eval_balanced_accuracy": ("balanced accuracy", BLACK, ":"),

@@ -92,7 +92,7 @@ def front_matter(data: CardData) -> dict[str, Any]:
         language=list(options.language) or None,
         base_model=options.base_model or hub_weights,
         datasets=list(options.datasets or from_hub) or None,
-        metrics=["accuracy", "f1"] if evaluated else None,
+        metrics=_metric_types(data) if evaluated else None,
         tags=tags,
         eval_results=evaluated or None,
         # Without results there is no model-index, whose name this is.
@@ -100,6 +100,10 @@ def front_matter(data: CardData) -> dict[str, Any]:
         **extra,
     )
     return dict(card.to_dict())
+
+
+def _metric_types(data: CardData) -> list[str]:
+    return ["map", "f1"] if data.config.several_labels else ["accuracy", "f1"]
 
 
 def _device(results: Results) -> str | None:
@@ -110,9 +114,12 @@ def _entries(data: CardData, split: str, figures: SplitFigures) -> list[EvalResu
     facts = data.results.data
     name = data_name(data.results) or "images"
     config = one_line(facts.config) if facts.config else None
+    several = data.config.several_labels
     metrics: list[tuple[str, str, float | None, dict[str, Any] | None]] = [
-        ("accuracy", "Accuracy", figures.accuracy, None),
+        ("map", "Mean average precision", figures.map, {"average": "macro"}),
+        ("accuracy", "Subset accuracy" if several else "Accuracy", figures.accuracy, None),
         ("f1", "Macro F1", figures.macro_f1, {"average": "macro"}),
+        ("f1", "Micro F1", figures.micro_f1, {"average": "micro"}),
         ("balanced_accuracy", "Balanced accuracy", figures.balanced_accuracy, None),
     ]
     return [

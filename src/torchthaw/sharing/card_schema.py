@@ -20,17 +20,22 @@ class ClassFigures(_Part):
     recall: float
     f1: float
     support: _Count
+    average_precision: float | None = None
 
 
 class SplitFigures(_Part):
-    """Figures of one split, as `classification_metrics` gives them."""
+    """Figures of one split, as `classification_metrics` or `multilabel_metrics` gives them."""
 
     accuracy: float
     num_images: _Count
+    map: float | None = None
     macro_f1: float | None = None
+    micro_f1: float | None = None
     balanced_accuracy: float | None = None
     loss: float | None = None
     ece: float | None = None
+    hamming_loss: float | None = None
+    map_interval: _Interval | None = None
     accuracy_interval: _Interval | None = None
     macro_f1_interval: _Interval | None = None
     interval_method: str | None = None
@@ -216,6 +221,7 @@ class Results(_Part):
     weights: str | None = None
     seed: int | None = None
     metric: str | None = None
+    thresholds: float | str | None = None
     num_images: dict[str, _Count] = {}
     dropped_images: tuple[DroppedImage, ...] = ()
     validation: SplitFigures | None = None
@@ -255,6 +261,13 @@ class ModelConfig(_Part):
     id2label: dict[str, str]
     image_size: _Count | None = None
     auto_map: dict[str, Any] | None = None
+    problem_type: str | None = None
+    thresholds: tuple[float, ...] | None = None
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.problem_type == "multi_label_classification"
 
     @property
     def class_names(self) -> list[str]:

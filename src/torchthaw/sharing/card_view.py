@@ -27,11 +27,14 @@ WIDE_INTERVAL = 0.05
 SPLITS = ("train", "validation", "test")
 
 METRIC_NAMES = {
+    "map": "mAP",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
     "balanced_accuracy": "balanced accuracy",
     "loss": "log loss",
     "ece": "expected calibration error",
+    "hamming_loss": "Hamming loss",
 }
 PLOT_NAMES = {
     "curves.png": "Loss and validation metrics over epochs, with the stages",
@@ -42,6 +45,9 @@ PLOT_NAMES = {
     "reliability_test.png": "Accuracy against confidence on the test images",
     "confusion_out_of_fold.png": "Confusion matrix of the validation images of all folds",
     "reliability_out_of_fold.png": "Accuracy against confidence on the validation images of all folds",
+    "average_precision_validation.png": "Average precision of each class on the validation images",
+    "average_precision_test.png": "Average precision of each class on the test images",
+    "average_precision_out_of_fold.png": "Average precision of each class on the validation images of all folds",
 }
 
 Table = dict[str, Any]
@@ -77,7 +83,7 @@ def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str,
         "metrics": _metrics(measured),
         "calibration": _calibration(results.calibration) if results.calibration else None,
         "folds": _folds(results.cross_validation) if results.cross_validation else None,
-        "most_frequent": _most_frequent(measured[reporting]) if reporting else None,
+        "most_frequent": _most_frequent(measured[reporting]) if reporting and not data.config.several_labels else None,
         "uncertain": {split: figures for split, figures in measured.items() if _is_uncertain(figures)},
         "splits": _splits(results),
         "cut_off": any(split.origin == "cut off" for split in results.data.splits.values()),
@@ -237,18 +243,20 @@ def _frozen(results: Results) -> dict[str, list[str]] | None:
 
 
 def _headline(measured: dict[str, SplitFigures]) -> Table | None:
+    several = any(figures.map is not None for figures in measured.values())
     rows = [
         [
             split,
             count(figures.num_images),
-            figure(figures.accuracy),
-            interval(figures.accuracy_interval),
+            figure(figures.map if several else figures.accuracy),
+            interval(figures.map_interval if several else figures.accuracy_interval),
             figure(figures.macro_f1),
             interval(figures.macro_f1_interval),
         ]
         for split, figures in measured.items()
     ]
-    return _table(["split", "images", "accuracy", "95 % interval", "macro F1", "95 % interval"], rows)
+    first = METRIC_NAMES["map" if several else "accuracy"]
+    return _table(["split", "images", first, "95 % interval", "macro F1", "95 % interval"], rows)
 
 
 def _metrics(measured: dict[str, SplitFigures]) -> Table | None:
@@ -300,12 +308,15 @@ def _is_uncertain(figures: SplitFigures) -> bool:
 def _classes(per_class: dict[str, ClassFigures]) -> Table | None:
     # Classes without images have no figures to be worst by.
     ordered = sorted(per_class.items(), key=lambda item: (item[1].support == 0, item[1].f1))
+    columns = {"average precision": "average_precision", "precision": "precision", "recall": "recall", "F1": "f1"}
+    if all(of_class.average_precision is None for of_class in per_class.values()):
+        del columns["average precision"]
     rows = [
-        [name, *(figure(value) if of_class.support else NONE for value in scores), count(of_class.support)]
+        [name, *(figure(getattr(of_class, key)) if of_class.support else NONE for key in columns.values()),
+         count(of_class.support)]
         for name, of_class in ordered[:MAX_ROWS]
-        for scores in [(of_class.precision, of_class.recall, of_class.f1)]
-    ]
-    return _table(["class", "precision", "recall", "F1", "images"], rows, more=max(0, len(ordered) - MAX_ROWS))
+    ]  # fmt: skip
+    return _table(["class", *columns, "images"], rows, more=max(0, len(ordered) - MAX_ROWS))
 
 
 # Files and surroundings

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from torchthaw.data.augmentation import Augmentation, make_augmentation
 from torchthaw.errors import PlanError, did_you_mean
+from torchthaw.evaluation.multilabel import PER_CLASS
 from torchthaw.evaluation.temperature import METHODS
 from torchthaw.stages.presets import PlanLike, make_plan
 from torchthaw.training.gate import GATES
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     PlanArgument = PlanLike
     AugmentationArgument = Augmentation | Mapping[str, Any] | str | None
     ClassWeightsArgument = Mapping[Any, float] | str | None
+    ThresholdsArgument = float | str
 else:
     # HfArgumentParser makes command line options from these: there a preset's name is what can be written.
     PlanArgument = str
     AugmentationArgument = str | None
     ClassWeightsArgument = str | None
+    ThresholdsArgument = str
 
 ON_REJECT = ("continue", "stop")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -83,6 +86,9 @@ class ThawTrainingArguments(TrainingArguments):
             gradients are the same up to rounding (see `live_dtype`). Weights and optimizer stay in float32.
         calibrate: `temperature` makes `save_run` fit a temperature on the validation images once training is over (see
             `fit_temperature`); it goes into the model's configuration. Training and what it chooses by never see it.
+        thresholds: Where images may have several labels: the probability from which on an image is given a class, the
+            same for all; or `per_class`, by which those with the best F1 on the validation images are chosen in the
+            end and stored in the model's configuration.
 
     Raises:
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`, the gate is unknown or has no
@@ -105,6 +111,7 @@ class ThawTrainingArguments(TrainingArguments):
     frozen_precision: str = "auto"
     live_precision: str = "auto"
     calibrate: str = "none"
+    thresholds: ThresholdsArgument = 0.5
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -116,7 +123,7 @@ class ThawTrainingArguments(TrainingArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 1
     load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "accuracy"
+    metric_for_best_model: str | None = "auto"
     remove_unused_columns: bool = False
     logging_nan_inf_filter: bool = False
     restore_callback_states_from_checkpoint: bool = True
@@ -136,6 +143,10 @@ class ThawTrainingArguments(TrainingArguments):
             raise PlanError(f"num_train_epochs is {epochs}; a plan is made of whole epochs")
         plan = make_plan(self.plan, epochs=None if epochs is None else int(epochs))
         self.plan = plan.to_dict()
+        # Kept, since models of several labels per image have another default.
+        self.asked_metric = self.metric_for_best_model
+        if self.asked_metric == "auto":
+            self.metric_for_best_model = "accuracy"
         # 0 stands for the length that a plan counted in steps has of itself.
         self.num_train_epochs = float(plan.epochs or 0)
         # Kept, since the backbone's family fills it in later.
@@ -147,6 +158,7 @@ class ThawTrainingArguments(TrainingArguments):
         self._check_imbalance()
         self._check_speed()
         self._check_calibration()
+        self.thresholds = checked_thresholds(self.thresholds)
         # The order of the images must be the run's own on resume, whatever else has drawn random numbers.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         if self.accelerator_config is None and torch.cuda.is_available():
@@ -249,3 +261,20 @@ class ThawTrainingArguments(TrainingArguments):
             raise PlanError(f"min_gain is {self.min_gain!r}; write 0 or a positive number such as 0.005")
         if self.eval_on_start is None:
             self.eval_on_start = self.gate != "off"
+
+
+def checked_thresholds(value: Any) -> float | str:
+    """Returns a threshold as a number, or `per_class`.
+
+    Raises:
+        PlanError: it is neither, or no probability.
+    """
+    if value == PER_CLASS:
+        return PER_CLASS
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < 1:
+        raise PlanError(f"thresholds is {value!r}; write a probability such as 0.5, or {PER_CLASS}")
+    return number

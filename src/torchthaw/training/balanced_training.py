@@ -39,7 +39,7 @@ class BalancedTrainer(ReportingTrainer):
             PlanError: they do not fit the data, or a `compute_loss_func` was passed too.
         """
         settings = ImbalanceSettings.of(self.args)
-        several_labels = self.model.config.problem_type == "multi_label_classification"
+        several_labels = self.model.config.several_labels
         counted = bool(settings.by_counts()) or settings.imbalance == "auto"
         if self._train_data is None:
             settings = ImbalanceSettings()
@@ -119,7 +119,7 @@ def make_training_loss(
 
     Args:
         balance: What is done about uneven classes.
-        smoothing: Share of each label spread over all classes; without effect where images may have several labels.
+        smoothing: Share of each label spread over all classes.
         several_labels: Whether they may.
         device: Where the loss is computed.
     """
@@ -130,7 +130,7 @@ def make_training_loss(
         weights=weights,
         gamma=settings.focal_gamma if settings.loss == "focal" else 0.0,
         shift=settings.logit_adjustment * torch.tensor(balance.log_priors(), device=device) if adjusted else None,
-        smoothing=0.0 if several_labels else smoothing,
+        smoothing=smoothing,
         several_labels=several_labels,
     )
 

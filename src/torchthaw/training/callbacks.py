@@ -133,7 +133,8 @@ class ProgressCallback(StageCallback):
         self._training_loss = logs.get("loss", self._training_loss)
         if "eval_loss" not in logs or self._training_loss is None:
             return
-        names = {"eval_accuracy": "accuracy", "eval_macro_f1": "macro F1"}
+        first = {"eval_map": "mAP"} if "eval_map" in logs else {"eval_accuracy": "accuracy"}
+        names = {**first, "eval_macro_f1": "macro F1"}
         figures = [f"{name} {logs[key]:.4f}" for key, name in names.items() if key in logs]
         self._say(
             f"epoch {math.ceil(state.epoch or 0)} of {state.num_train_epochs} ({_stage_name(state)}): "

@@ -13,6 +13,7 @@ from datasets import IterableDataset as ImageIterable
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.augmentation import make_augmentation
+from torchthaw.data.label_sets import class_label_of, is_label_set
 from torchthaw.data.loading import load_image_dataset
 from torchthaw.data.streams import ImageStream
 from torchthaw.data.views import ImageView
@@ -50,10 +51,19 @@ def as_view(
     processor = cast(TorchvisionImageProcessor, processor)
     seed = cast(int, args.data_seed)
     if isinstance(dataset, ImageIterable):
+        if model.config.several_labels:
+            raise PlanError(
+                "several labels per image are not supported for streams; load the data set without streaming"
+            )
         return ImageStream(dataset, processor, augmentation, class_names=names, seed=seed)
-    ready = "path" in dataset.column_names and getattr(dataset.features["label"], "names", None) == names
+    several = model.config.several_labels
+    known = class_label_of(dataset.features.get("label"))
+    ready = "path" in dataset.column_names and known is not None and known.names == names
+    if ready and is_label_set(dataset.features["label"]) == several:
+        return ImageView(dataset, processor, augmentation, seed=seed)
     # Labels are numbered by the model's classes, whatever order the data set has.
-    images = dataset if ready else load_image_dataset(dataset, class_names=names)["train"]
+    problem_type = "multi_label" if several else "single_label"
+    images = load_image_dataset(dataset, class_names=names, problem_type=problem_type)["train"]
     return ImageView(images, processor, augmentation, seed=seed)
 
 

@@ -16,6 +16,8 @@ from scipy.stats import binomtest
 from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.evaluation.arrays import Floats, Ids, log_softmax
 from torchthaw.evaluation.intervals import LEVEL
+from torchthaw.evaluation.multilabel_figures import FIGURES
+from torchthaw.training import label_set_gate
 
 GATES = ("best", "significant", "off")
 
@@ -96,7 +98,7 @@ class Decision:
 
 def supports_test(metric: str) -> bool:
     """Whether `compare` has a paired test for a metric (its bare name, without `eval_`)."""
-    return metric in _METRICS
+    return metric in _METRICS or metric in FIGURES
 
 
 def compare(metric: str, before: Measured, after: Measured, *, seed: int = 0, resamples: int = 2000) -> Comparison:
@@ -111,9 +113,13 @@ def compare(metric: str, before: Measured, after: Measured, *, seed: int = 0, re
     replacement, the same for both models (Efron, 1979, Ann. Stat. 7). The p-value is twice the smaller share of
     resampled differences on one side of 0, and at least 1 / (resamples + 1).
 
+    Where images have several labels, accuracy counts those all of whose labels are right, and the other metrics, those
+    of `compute_metrics` in `evaluation.multilabel`, are compared by the bootstrap.
+
     Args:
         metric: Bare name; "accuracy", "macro_f1", "balanced_accuracy" (the last two as `classification_metrics`
-            defines them) and "loss" (mean cross entropy in nats) have a paired test.
+            defines them) and "loss" (mean cross entropy in nats) have a paired test; with several labels per image
+            "map" and "micro_f1", too.
         before: The pass before the stage.
         after: The pass after it.
         seed: Seed of the bootstrap.
@@ -124,20 +130,24 @@ def compare(metric: str, before: Measured, after: Measured, *, seed: int = 0, re
         these logits, ...) there is only the difference, and `method` says why.
     """
     difference = float(after.value) - float(before.value)
-    problem = _why_unpaired(metric, before, after)
+    several = label_set_gate.has_several_labels(before.labels)
+    problem = label_set_gate.why_unpaired(metric, before, after) if several else _why_unpaired(metric, before, after)
     if problem is not None:
         return Comparison(metric, float(before.value), float(after.value), difference, None, None, problem, None, None)
-    labels = np.asarray(before.labels).astype(np.int64)
     logits_before, logits_after = np.asarray(before.logits), np.asarray(after.logits)
-    was_right = logits_before.argmax(axis=1) == labels
-    is_right = logits_after.argmax(axis=1) == labels
+    labels = np.asarray(before.labels).astype(bool if several else np.int64)
+    was_right, is_right = (_is_right(logits, labels) for logits in (logits_before, logits_after))
     wins, losses = int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
     if metric == "accuracy":
         interval, p_value = _mcnemar(wins, losses, len(labels))
         method = f"exact McNemar test, {_images(wins)} better and {losses} worse"
     else:
         random = np.random.default_rng(seed)
-        if metric == "loss":
+        if several:
+            differences = label_set_gate.resampled_differences(
+                metric, labels, logits_before, logits_after, seed, resamples
+            )
+        elif metric == "loss":
             changes = _log_losses(logits_after, labels) - _log_losses(logits_before, labels)
             differences = _resampled_means(changes, random, resamples)
         else:
@@ -224,13 +234,21 @@ def _images(number: int) -> str:
     return f"{number} image{'' if number == 1 else 's'}"
 
 
+def _is_right(logits: Floats, labels: np.ndarray) -> np.ndarray:
+    """Says of each image whether its class is right, or all of its classes are."""
+    if labels.ndim == 2:
+        return label_set_gate.all_right(logits, labels)
+    right: np.ndarray = logits.argmax(axis=1) == labels
+    return right
+
+
 # What can be compared
 
 
 def _why_unpaired(metric: str, before: Measured, after: Measured) -> str | None:
     """Says why there can be no paired test, or returns None."""
     no = "no paired test"
-    if not supports_test(metric):
+    if metric not in _METRICS:
         return f"{no} for this metric"
     arrays = (before.logits, before.labels, after.logits, after.labels)
     if any(array is None for array in arrays):

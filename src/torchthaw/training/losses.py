@@ -28,7 +28,7 @@ class TrainingLoss:
     give the same loss, and mixing two images mixes their losses and their weights.
 
     With several labels per image, loss and weight are sums over the classes of the same for the two outcomes of each,
-    by sigmoid instead of softmax, without smoothing and shift.
+    by sigmoid instead of softmax, with K = 2 and without shift.
 
     Attributes:
         weights: w, shape (K,); None for all 1.
@@ -36,7 +36,7 @@ class TrainingLoss:
             "Focal Loss for Dense Object Detection", ICCV 2017); 0 for none.
         shift: Added to the logits, shape (K,): tau times the logarithm of each class's share of the training images in
             the logit adjusted loss (Menon et al., "Long-tail Learning via Logit Adjustment", ICLR 2021, equation 10).
-        smoothing: Share of each label spread over all classes.
+        smoothing: Share of each label spread over all classes; with several labels over the two outcomes of each.
         several_labels: Whether an image may have several labels.
     """
 
@@ -102,6 +102,7 @@ class TrainingLoss:
         return targets * -log_p * _focus(log_p, self.gamma)
 
     def _binary_terms(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        labels = (1 - self.smoothing) * labels + self.smoothing / 2
         log_p, log_q = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
         return labels * -log_p * _focus(log_p, self.gamma) + (1 - labels) * -log_q * _focus(log_q, self.gamma)
 

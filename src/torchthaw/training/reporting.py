@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from torchthaw.data.label_sets import label_counts
 from torchthaw.data.views import ImageView
+from torchthaw.evaluation.inference import predict_split
 from torchthaw.evaluation.looks import describe_images, describe_look, digests_of, write_digests
+from torchthaw.evaluation.multilabel import PER_CLASS, choose_thresholds
 from torchthaw.evaluation.temperature import TemperatureScaling
 from torchthaw.sharing.card import write_card
 from torchthaw.training import processes
@@ -77,7 +78,7 @@ class ReportingTrainer(PushingTrainer):
         Returns:
             The findings, the gravest first; none for several labels an image.
         """
-        if self.model.config.problem_type == "multi_label_classification":
+        if self.model.config.several_labels:
             return []
         view = self._validation_view()
         train = self._train_data
@@ -103,6 +104,7 @@ class ReportingTrainer(PushingTrainer):
     ) -> dict[str, Any]:
         # A folder with results is a complete one, so they go first and come back last.
         earlier = set_results_aside(folder)
+        self._settle_thresholds()
         scaling = None
         if self.args.calibrate == "temperature":
             scaling = TemperatureScaling(seed=self.args.seed)
@@ -137,8 +139,7 @@ class ReportingTrainer(PushingTrainer):
         """Measures the weights of the model, and collects what else `results.json` holds but the environment."""
         views = {"train": self._train_data, "validation": self._validation_view(), "test": test}
         views = {split: view for split, view in views.items() if view is not None}
-        several_labels = self.model.config.problem_type == "multi_label_classification"
-        measured = {} if several_labels else {split: view for split, view in views.items() if split != "train"}
+        measured = {split: view for split, view in views.items() if split != "train"}
         figures = measure_views(
             self.model,
             measured,
@@ -166,6 +167,7 @@ class ReportingTrainer(PushingTrainer):
             "weights": self.model.config.pretrained_weights,
             "seed": self.args.seed,
             "metric": self._metric_name(),
+            **({"thresholds": self.args.thresholds} if self.model.config.several_labels else {}),
             "model": describe_model(folder, self.model, self.plan.name),
             "data": data,
             "num_images": sizes,
@@ -180,6 +182,20 @@ class ReportingTrainer(PushingTrainer):
             "seconds_total": round(sum(record.seconds for record in records), 3),
             **given,
         }
+
+    def _settle_thresholds(self) -> None:
+        """Stores in the model what was asked for: from which probability on an image is given a class."""
+        config, asked = self.model.config, self.args.thresholds
+        view = self._validation_view()
+        if not config.several_labels or asked == 0.5:
+            return
+        if asked != PER_CLASS:
+            config.thresholds = [float(asked)] * config.num_labels
+        elif view is not None:
+            workers, size = self.workers_for(view), self.args.per_device_eval_batch_size
+            config.thresholds = choose_thresholds(
+                *predict_split(self.model, view, batch_size=size, num_workers=workers, collate_fn=self.data_collator)
+            )
 
     def _validation_view(self) -> Any:
         """Returns the validation images; of several sets the one that the best weights are chosen by."""
@@ -264,9 +280,7 @@ def _measured(results: Mapping[str, Any]) -> Any:
 
 
 def _counts(view: ImageView) -> dict[str, int]:
-    labels = np.asarray(view.dataset["label"])
-    names = view.dataset.features["label"].names
-    return dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
+    return dict(zip(view.class_names, label_counts(view.dataset).tolist(), strict=True))
 
 
 def _listed(value: str | list[str] | None) -> list[str] | None:

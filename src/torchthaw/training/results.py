@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -26,6 +27,7 @@ from torchthaw.data.views import ImageView
 from torchthaw.evaluation.files import replacing
 from torchthaw.evaluation.inference import predict_split
 from torchthaw.evaluation.measuring import measure_split
+from torchthaw.evaluation.multilabel_measuring import measure_label_sets
 from torchthaw.evaluation.plots import plot_curves, plot_learning_rates
 from torchthaw.evaluation.temperature import TemperatureScaling
 from torchthaw.sharing.fresh_process import check_saved_folder
@@ -98,9 +100,10 @@ def measure_views(
             logits = scaling(split, logits, labels)
         known = view.dataset.column_names if isinstance(view, ImageView) else []
         paths, groups = (view.dataset[name][:] if name in known else None for name in ("path", "group"))
-        figures[split] = measure_split(
-            split, logits, labels, model.config.class_names, folder, paths=paths, groups=groups
-        )
+        measure = measure_split
+        if model.config.several_labels:
+            measure = partial(measure_label_sets, thresholds=model.config.thresholds)
+        figures[split] = measure(split, logits, labels, model.config.class_names, folder, paths=paths, groups=groups)
     return figures
 
 

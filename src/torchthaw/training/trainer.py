@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.views import collate
 from torchthaw.errors import PlanError, did_you_mean
+from torchthaw.evaluation import multilabel
 from torchthaw.evaluation.metrics import compute_metrics as classification_compute_metrics
 from torchthaw.evaluation.range_test_plot import plot_range_test
 from torchthaw.stages.plan import StagePlan
@@ -32,8 +34,10 @@ class ThawTrainer(BalancedTrainer):
 
     Defaults that differ from `Trainer`: data sets with an image and a label column (as `load_image_dataset` gives
     them) are turned into augmented training views and plain evaluation views with `processing_class`; the metrics are
-    accuracy, macro F1 and balanced accuracy; the collator stacks images and labels. `hyperparameter_search` tries
-    rates of the head, weight decay and label smoothing unless `hp_space` says otherwise.
+    accuracy, macro F1 and balanced accuracy, for a model of several labels per image those of
+    `evaluation.multilabel.compute_metrics`, of which mAP chooses the best weights by default; the collator stacks
+    images and labels. `hyperparameter_search` tries rates of the head, weight decay and label smoothing unless
+    `hp_space` says otherwise.
 
     Callbacks that have `on_stage_begin` and `on_stage_end` (see `StageCallback`) are told of stages; all can read
     `state.stage_index` and `state.stage_name`.
@@ -88,16 +92,19 @@ class ThawTrainer(BalancedTrainer):
             args.max_steps = sum(stage.steps or 0 for stage in StagePlan.from_dict(cast(Any, args.plan)).stages)
         if model is not None:
             complete_arguments(args, model)
-        kwargs.setdefault("compute_metrics", classification_compute_metrics)
+        own_metrics = kwargs.setdefault("compute_metrics", classification_compute_metrics)
         kwargs.setdefault("data_collator", collate)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with warnings.catch_warnings():
+            # The training loss here smooths labels itself.
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise PlanError(
                 "the launcher asks for FSDP or DeepSpeed, but stages change what is trainable, which neither allows in "
@@ -111,6 +118,15 @@ class ThawTrainer(BalancedTrainer):
             )
         # `model_init` makes its model only here.
         complete_arguments(args, self.model)
+        if self.model.config.several_labels and args.calibrate != "none":
+            raise PlanError(
+                f"calibrate is {args.calibrate!r}, which is for one label per image, but the model's images may have "
+                "several labels; leave it out"
+            )
+        if self.model.config.several_labels and own_metrics is classification_compute_metrics:
+            self.compute_metrics = multilabel.compute_metrics
+            if args.asked_metric == "auto":
+                args.metric_for_best_model = multilabel.DEFAULT_METRIC
         self._check_gate()
         self._given_data = self.train_dataset
         self.train_dataset = self._train_data = self._as_view(self._given_data, train=True)

@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.evaluation.arrays import NonFiniteLogitsError, log_softmax
+from torchthaw.evaluation.multilabel_figures import log_loss
 from torchthaw.stages.snapshots import take_snapshot
 from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
@@ -38,7 +39,7 @@ class ValidatingTrainer(GuardedTrainer):
         metrics = output.metrics or {}
         if key in metrics and self.compute_loss_func is None:
             # Trainer's mean counts the images double that fill up the last batch of several processes.
-            exact = _mean_log_loss(output.predictions, output.label_ids)
+            exact = _mean_log_loss(output.predictions, output.label_ids, several=self.model.config.several_labels)
             metrics[key] = metrics[key] if exact is None else exact
         return output
 
@@ -121,10 +122,12 @@ def _is_finite(logits: Any) -> bool:
     return not isinstance(logits, np.ndarray) or logits.dtype.kind != "f" or bool(np.isfinite(logits).all())
 
 
-def _mean_log_loss(logits: Any, labels: Any) -> float | None:
-    """Returns the mean cross entropy over images in nats; None for what is not one class per image."""
+def _mean_log_loss(logits: Any, labels: Any, *, several: bool) -> float | None:
+    """Returns the mean (binary) cross entropy over images in nats; None for what are not classes of images."""
     if not (isinstance(logits, np.ndarray) and isinstance(labels, np.ndarray)):
         return None
+    if several and labels.shape == logits.shape:
+        return float(log_loss(logits, labels, np.ones((1, len(labels))))[0])
     if logits.ndim != 2 or labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(logits):
         return None
     losses = -log_softmax(logits.astype(np.float64))[np.arange(len(labels)), labels]

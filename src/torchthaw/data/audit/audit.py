@@ -136,8 +136,14 @@ def judge(
         checks.append("time")
     else:
         missing["time"] = "it is not known; say where it is with data: {time: ...}"
-    with _timed(seconds, "label leakage"):
-        findings += findings_files.label_leaks(find_label_leaks(scan.images, seed=seed))
+    if any(image.classes is not None for image in scan.images):
+        checks.remove("label leakage")
+        missing["label leakage"] = "what properties of files say of several labels per image is not looked at"
+        missing["suspicious labels"] = "for several labels per image they are not looked for"
+        features = None
+    else:
+        with _timed(seconds, "label leakage"):
+            findings += findings_files.label_leaks(find_label_leaks(scan.images, seed=seed))
     findings += findings_files.class_counts(scan.images, splits, scan.class_names)
     findings += findings_files.unusual_images(scan.images)
     if features is not None:

@@ -97,7 +97,7 @@ def class_counts(images: Sequence[ImageFacts], splits: Sequence[str], class_name
     """Classes that a split lacks, and how unequal they are in training."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for image, split in zip(images, splits, strict=True):
-        counts[split][image.label] += 1
+        counts[split].update((image.label,) if image.classes is None else image.classes)
     lacking = [{"split": split, "class": name} for split in counts for name in class_names if counts[split][name] == 0]
     if lacking:
         in_training = sorted({item["class"] for item in lacking if item["split"] == "train"})
@@ -122,10 +122,19 @@ def class_counts(images: Sequence[ImageFacts], splits: Sequence[str], class_name
             len(train),
             f"the largest class of training, {most} ({train[most]}), has {ratio:.1f} times the images of the smallest, "
             f"{least} ({train[least]})",
-            "Macro F1 chooses the best weights (metric: auto)."
-            + (" To train for it, write imbalance: auto" if ratio >= _STRONG_IMBALANCE else ""),
+            _against_imbalance(
+                strong=ratio >= _STRONG_IMBALANCE, several=any(image.classes is not None for image in images)
+            ),
             tuple({"class": name, "images": count} for name, count in train.items()),
         )
+
+
+def _against_imbalance(*, strong: bool, several: bool) -> str:
+    if several:
+        more = " To give rare ones more weight in training, write class_weights: {NAME: WEIGHT}"
+        return "mAP, to which every class counts the same, chooses the best weights (metric: auto)." + more * strong
+    more = " To train for it, write imbalance: auto"
+    return "Macro F1 chooses the best weights (metric: auto)." + more * strong
 
 
 def label_leaks(leaks: Sequence[LabelLeak]) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from torchthaw.data.audit.fingerprints import THUMBNAIL_SIDE, thumbnail
 from torchthaw.data.images import BadImage, ExaminedImage, UnusableImageError, examine_image
+from torchthaw.data.label_sets import class_names_of, has_label_sets, shown
 
 _CHUNK = 32
 # Of a text in EXIF, no more is kept.
@@ -31,7 +32,7 @@ class ImageFacts:
     Attributes:
         path: Its `path` in the data set.
         split: Its split in the data set as it was given.
-        label: Its class name.
+        label: Its class name; of several, all of them in one text.
         group: The unit of independence that it belongs to, where groups are known.
         time: Seconds since 1970, where times are known.
         file_digest: Of the bytes of the file.
@@ -45,6 +46,7 @@ class ImageFacts:
         quality: The sum of a JPEG's quantization tables, which goes with its quality setting.
         resolution: Dots per inch as the file states them.
         exif: Some EXIF fields, as text.
+        classes: Its class names where images may have several labels; None where they have one.
     """
 
     path: str
@@ -63,6 +65,7 @@ class ImageFacts:
     quality: int | None
     resolution: str | None
     exif: dict[str, str]
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -99,7 +102,7 @@ def scan_images(
     # The file has no name, so that it goes with the process, however that ends.
     unnamed = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the array)
     thumbnails = np.memmap(unnamed, np.uint8, "w+", shape=(max(1, total), THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    names = next(iter(splits.values())).features["label"].names if splits else []
+    names = class_names_of(next(iter(splits.values()))) if splits else []
     scan = Scan(class_names=list(names), bad={split: [] for split in splits})
     done = 0
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
@@ -130,7 +133,7 @@ def _scan_rows(
     dataset: Dataset, split: str, start: int
 ) -> Iterator[BadImage | tuple[ImageFacts, npt.NDArray[np.uint8]]]:
     rows = dataset[start : start + _CHUNK]
-    names = dataset.features["label"].names
+    names, several = class_names_of(dataset), has_label_sets(dataset)
     for offset, (value, path) in enumerate(zip(rows["image"], rows["path"], strict=True)):
         try:
             image = examine_image(value)
@@ -140,7 +143,8 @@ def _scan_rows(
         about = {
             "path": path,
             "split": split,
-            "label": names[rows["label"][offset]],
+            "label": shown(rows["label"][offset], names),
+            "classes": tuple(names[number] for number in rows["label"][offset]) if several else None,
             "group": rows["group"][offset] if "group" in rows else None,
             "time": _known(rows["time"][offset]) if "time" in rows else None,
         }
