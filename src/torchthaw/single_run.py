@@ -212,8 +212,8 @@ def figures_line(figures: Mapping[str, Any]) -> str:
     (low, high), method = figures[f"{key}_interval"], figures["interval_method"]
     more = f", all labels right {figures['accuracy']:.4f}" if several else ""
     return (
-        f"{name} {figures[key]:.4f} (95 % interval {low:.3f} to {high:.3f}, {method}), macro F1 {figures['macro_f1']:.4f}{more}, "
-        f"{figures['num_images']} images"
+        f"{name} {figures[key]:.4f} (95 % interval {low:.3f} to {high:.3f}, {method}), "
+        f"macro F1 {figures['macro_f1']:.4f}{more}, {figures['num_images']} images"
     )
 
 

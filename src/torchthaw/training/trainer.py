@@ -118,11 +118,6 @@ class ThawTrainer(BalancedTrainer):
             )
         # `model_init` makes its model only here.
         complete_arguments(args, self.model)
-        if self.model.config.several_labels and args.calibrate != "none":
-            raise PlanError(
-                f"calibrate is {args.calibrate!r}, which is for one label per image, but the model's images may have "
-                "several labels; leave it out"
-            )
         if self.model.config.several_labels and own_metrics is classification_compute_metrics:
             self.compute_metrics = multilabel.compute_metrics
             if args.asked_metric == "auto":
