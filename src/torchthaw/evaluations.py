@@ -53,7 +53,8 @@ def evaluate_saved(
 
     Returns:
         What `classification_metrics` (or `multilabel_metrics`) gives, with `model`, `data` and `split`; `temperature`
-        where scores are calibrated; and `test_reads`, how often they were measured, where these are the run's test images.
+        where scores are calibrated; and `test_reads`, how often they were measured, where these are the run's test
+        images.
 
     Raises:
         DataError: the data has no such split, or a class that the model does not know; or they are the run's test
