@@ -73,6 +73,8 @@ def make_trainer(job: Job) -> ThawTrainer:
         processing_class=processor,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if job.data.audit is not None:
+        trainer.suspicious_labels = job.data.audit.suspicious_labels
     return trainer
 
 

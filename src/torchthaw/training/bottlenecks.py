@@ -77,7 +77,7 @@ def find_bottleneck(
             None,
         )
     if shares["data"] >= _WORTH_LOADING_FASTER:
-        why, advice = _load_faster(given)
+        why, advice = load_faster(given.num_workers, given.cores, given.image_size)
         return Bottleneck(
             "data", f"stage {stage} is bound by data: {shares['data']:.0%} of a step waits for images{why}", advice
         )
@@ -97,10 +97,17 @@ def find_bottleneck(
     )
 
 
-def _load_faster(given: Circumstances) -> tuple[str, str | None]:
-    if given.num_workers < given.cores:
-        return f", which {given.num_workers} of {given.cores} possible workers load", f"num_workers: {given.cores}"
-    smaller = _smaller_size(given.image_size)
+def load_faster(num_workers: int, cores: int, image_size: int | None) -> tuple[str, str | None]:
+    """Says why images come too slowly, and what of a recipe could change it.
+
+    Args:
+        num_workers: Processes that load images.
+        cores: Processors that they could use.
+        image_size: Side of the images in pixels; None if it is not known.
+    """
+    if num_workers < cores:
+        return f", which {num_workers} of {cores} possible workers load", f"num_workers: {cores}"
+    smaller = _smaller_size(image_size)
     if smaller is None:
         return ", and all cores load already", None
     return ", and all cores load already; smaller images cost less", f"image_size: {smaller}"

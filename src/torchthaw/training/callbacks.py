@@ -159,7 +159,9 @@ class ProgressCallback(StageCallback):
 
 
 class DiagnosisCallback(StageCallback):
-    """Says at the end of each stage what its curves show that is wrong, each thing once.
+    """Says what the curves show that is wrong, at the first validation or end of a stage that shows it.
+
+    Each thing is said once a stage.
 
     Args:
         diagnose: Returns the findings so far.
@@ -168,7 +170,12 @@ class DiagnosisCallback(StageCallback):
 
     def __init__(self, diagnose: Callable[[], list[Finding]], say: Callable[[str], None]) -> None:
         self._diagnose, self._say = diagnose, say
-        self._said: set[str] = set()
+        self._said: set[tuple[str, int | None]] = set()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Prints new findings, once the stage has begun to train."""
+        if state.global_step > 0:
+            self._say_what_is_new()
 
     def on_stage_end(
         self,
@@ -181,9 +188,12 @@ class DiagnosisCallback(StageCallback):
         **kwargs: Any,
     ) -> None:
         """Prints new findings."""
+        self._say_what_is_new()
+
+    def _say_what_is_new(self) -> None:
         for finding in self._diagnose():
-            if finding.evidence not in self._said:
-                self._said.add(finding.evidence)
+            if (finding.signal, finding.stage) not in self._said:
+                self._said.add((finding.signal, finding.stage))
                 self._say(finding.sentence)
 
 

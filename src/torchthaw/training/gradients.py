@@ -14,7 +14,20 @@ class NonFiniteError(TrainingError):
     """A loss or gradient is NaN or infinite; the weights are those before the step."""
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Returns the L2 norm of each parameter's gradient, shape (parameters,); nothing waits for the device.
+
+    Args:
+        parameters: All with a gradient.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if len({(gradient.device, gradient.dtype) for gradient in gradients}) == 1:
+        # What `torch.nn.utils.get_total_norm` does with them, so that the norm of these norms is its result.
+        return torch.stack(torch._foreach_norm(gradients))
+    return torch.stack([torch.linalg.vector_norm(gradient).to(gradients[0].device) for gradient in gradients])
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales gradients to a norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does; finite ones only.
 
     Args:
@@ -22,15 +35,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
         max_norm: The largest L2 norm; infinity only measures.
 
     Returns:
-        The norm before clipping, a scalar. If it is not finite, the gradients are as they were.
+        The norm before clipping, a scalar, and that of each parameter with a gradient, shape (parameters,). If it is
+        not finite, the gradients are as they were.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+    norms = gradient_norms(with_gradient)
+    norm = torch.linalg.vector_norm(norms)
     if math.isfinite(max_norm):
         # Decided on the device, since asking would wait for it. A norm of 0 clips nothing.
         finite_norm = torch.where(torch.isfinite(norm), norm, torch.zeros_like(norm))
         torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, finite_norm)
-    return norm
+    return norm, norms
 
 
 def broken_group(optimizer_groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

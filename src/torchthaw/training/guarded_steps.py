@@ -11,6 +11,7 @@ from torchthaw.stages.plan import Stage
 from torchthaw.stages.proof import check_gradients
 from torchthaw.training import processes
 from torchthaw.training.gradients import NonFiniteError, broken_rows, clip_gradients, explain_non_finite
+from torchthaw.training.group_norms import GroupNorms
 from torchthaw.training.timing import TimedTrainer
 
 
@@ -24,6 +25,8 @@ class GuardedTrainer(TimedTrainer):
     def _prepare_checks(self) -> None:
         """Begins anew, at the start of a stage."""
         self._gradients_checked = False
+        # Made with the stage's optimizer.
+        self._group_norms: GroupNorms | None = None
         # Loss and inputs of the batches whose gradients the next optimizer step takes together.
         self._batches: list[tuple[torch.Tensor, Any]] = []
 
@@ -55,7 +58,9 @@ class GuardedTrainer(TimedTrainer):
             check_gradients(self.model, self.stage.name)
             self._gradients_checked = True
         self.accelerator.unscale_gradients()
-        self._last_norm = norm = clip_gradients(model.parameters(), max_norm)
+        with_gradient = [p for p in model.parameters() if p.grad is not None]
+        norm, norms = clip_gradients(with_gradient, max_norm)
+        self._last_norm = norm
         # With fp16 the scaler skips steps whose gradients overflow, and lowers its scale: that is no failure.
         scaled = self.accelerator.scaler is not None
         finite = torch.isfinite(torch.stack([loss for loss, _ in self._batches])).all()
@@ -65,7 +70,13 @@ class GuardedTrainer(TimedTrainer):
         if processes.any_process(not bool(finite)):
             raise NonFiniteError(self._why_broken(self.stage.name))
         self._batches = []
+        self._norms_of_groups().add(with_gradient, norms)
         return norm
+
+    def _norms_of_groups(self) -> GroupNorms:
+        if self._group_norms is None:
+            self._group_norms = GroupNorms(self.create_optimizer().param_groups)
+        return self._group_norms
 
     def _why_broken(self, stage: str) -> str:
         """Returns the same explanation in all processes: of the one with the broken image, or else the broken loss."""

@@ -58,6 +58,7 @@ class Progress:
         unlogged_loss: Sum over the steps since.
         last_logged_step: The last step whose loss was logged.
         last_grad_norm: Norm of the gradient in the last step, before clipping.
+        group_norms: What is gathered of the layer groups' gradient norms since the loss was logged.
         last_learning_rate: The optimizer's first learning rate in the last step.
         last_rates: All of them, as they are logged.
         frozen_part: How the stage's frozen part is computed; see `StageRecord`.
@@ -87,6 +88,7 @@ class Progress:
     unlogged_loss: float = 0.0
     last_logged_step: int = 0
     last_grad_norm: float | None = None
+    group_norms: dict[str, Any] = field(default_factory=dict)
     last_learning_rate: float | None = None
     last_rates: dict[str, float] = field(default_factory=dict)
     frozen_part: dict[str, Any] = field(default_factory=dict)

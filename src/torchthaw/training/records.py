@@ -35,6 +35,9 @@ class StageRecord:
             training images (validation computes in the model's own), and the splits of which it was `cached`; empty
             where all of the model ran.
         live_dtype: What the part that trains was computed in; None where that was left to the model's own code.
+        train_accuracy: `balanced_accuracy` of the stage's last weights on at most 200 training images without
+            augmentation, and their `class_counts`; measured only where validation is no better than chance, which
+            leaves open why.
     """
 
     name: str
@@ -59,6 +62,7 @@ class StageRecord:
     peak_memory_mb: float | None = None
     frozen_part: dict[str, Any] = field(default_factory=dict)
     live_dtype: str | None = None
+    train_accuracy: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as plain data."""

@@ -14,9 +14,8 @@ from torchthaw.evaluation.temperature import TemperatureScaling
 from torchthaw.sharing.card import write_card
 from torchthaw.training import processes
 from torchthaw.training.datasets import as_view
-from torchthaw.training.diagnosis import Course, Finding, diagnose
+from torchthaw.training.diagnosing import DiagnosingTrainer
 from torchthaw.training.provenance import describe_recipe
-from torchthaw.training.pushing import PushingTrainer
 from torchthaw.training.results import (
     ProgressBars,
     describe_environment,
@@ -32,7 +31,7 @@ from torchthaw.training.results import (
 )
 
 
-class ReportingTrainer(PushingTrainer):
+class ReportingTrainer(DiagnosingTrainer):
     """Measures the weights that a run ends with, and writes what is to be known of them beside them."""
 
     def save_run(
@@ -71,27 +70,6 @@ class ReportingTrainer(PushingTrainer):
         if "calibration" in results:
             self.model.config.temperature = results["calibration"]["temperature"]
         return results
-
-    def diagnose(self) -> list[Finding]:
-        """Says what the curves of the run, or of its stages so far, show; see `torchthaw.training.diagnosis`.
-
-        Returns:
-            The findings, the gravest first; none for several labels an image.
-        """
-        if self.model.config.several_labels:
-            return []
-        view = self._validation_view()
-        train = self._train_data
-        return diagnose(
-            Course(
-                log=self.state.log_history,
-                records=self.stage_records,
-                class_counts=list(_counts(view).values()) if isinstance(view, ImageView) else (),
-                num_classes=self.model.config.num_labels,
-                num_workers=0 if train is None else self.workers_for(train),
-                over=self.stage is None,
-            )
-        )
 
     def _save_run(
         self,
@@ -196,14 +174,6 @@ class ReportingTrainer(PushingTrainer):
             config.thresholds = choose_thresholds(
                 *predict_split(self.model, view, batch_size=size, num_workers=workers, collate_fn=self.data_collator)
             )
-
-    def _validation_view(self) -> Any:
-        """Returns the validation images; of several sets the one that the best weights are chosen by."""
-        if not isinstance(self.eval_dataset, dict):
-            return self.eval_dataset
-        key = self._metric_key()
-        named = [name for name in self.eval_dataset if key.startswith(f"eval_{name}_")]
-        return self.eval_dataset[named[0] if named else next(iter(self.eval_dataset))]
 
     def _proof_view(self) -> Any:
         """Returns images by which a saved folder is compared: for validation, or else for training, not augmented."""

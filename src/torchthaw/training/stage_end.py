@@ -1,7 +1,7 @@
 """What becomes of a stage: the gate's decision, the weights that the run goes on from, the record."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import TrainerState
@@ -68,6 +68,7 @@ def conclude(
     images_per_step: int,
     metric: str,
     clock: Clock,
+    train_accuracy: dict[str, Any] | None = None,
 ) -> StageRecord:
     """Ends a stage: decides on the main process, settles the weights on all, and appends the record.
 
@@ -84,6 +85,7 @@ def conclude(
         images_per_step: Images of one optimizer step, over all processes.
         metric: The selection metric, without the name of the validation set.
         clock: Where the time went.
+        train_accuracy: See `StageRecord`.
     """
     decision = on_main(lambda: decide_stage(progress, args, metric=metric, failure=failure))
     candidate = progress.candidate
@@ -121,6 +123,7 @@ def conclude(
         peak_memory_mb=peak_memory_mb(),
         frozen_part=progress.frozen_part,
         live_dtype=progress.live_dtype,
+        train_accuracy=train_accuracy,
     )
     progress.records.append(record)
     return record

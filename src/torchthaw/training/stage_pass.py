@@ -141,6 +141,7 @@ class StagePassTrainer(ValidatingTrainer):
             self._tr_loss += progress.unlogged_loss
             self._globalstep_last_logged = progress.last_logged_step
             self._last_norm = torch.tensor(progress.last_grad_norm)
+            self._norms_of_groups().load(progress.group_norms)
         done = self.state.global_step - progress.epoch_start_step
         within = first and self._resumed and not progress.epoch_over
         self._random_state_at_end = None
@@ -232,10 +233,14 @@ class StagePassTrainer(ValidatingTrainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **{**kwargs, "learning_rate": learning_rate})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs as `Trainer` does, with the stage's number and the learning rate of every layer group."""
+        """Logs as `Trainer` does, with the stage's number, and the rate and gradient norm of every layer group.
+
+        The norm is before clipping, the root mean square over the steps since the last training line.
+        """
         if self.stage is not None and "loss" in logs:
             # Once a step, so that reporters get rising steps; validation lines come at the same ones.
-            logs.update({"stage": self._progress.stage_index, **self._progress.last_rates})
+            norms = {f"grad_norm/{group}": norm for group, norm in self._norms_of_groups().take().items()}
+            logs.update({"stage": self._progress.stage_index, **self._progress.last_rates, **norms})
         super().log(logs, *args, **kwargs)
         if self.stage is not None:
             # A name is not a number, so that reporters such as TensorBoard only get the stage's index.

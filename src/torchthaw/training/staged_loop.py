@@ -240,6 +240,7 @@ class StagedTrainer(FrozenPartTrainer):
             failure=failure, seconds=seconds, num_images=length_of(self._train_data),
             images_per_step=self.get_total_train_batch_size(self.args), metric=self._metric_name(),
             clock=self._clock,
+            train_accuracy=self._accuracy_on_training_images() if failure is None else None,
         )  # fmt: skip
         self._name_best()
         self._write_journal(finished=False)
@@ -251,6 +252,10 @@ class StagedTrainer(FrozenPartTrainer):
                 f"{failure}. No stage before it was kept, so the run ends with the weights it began with"
             )
         return record
+
+    def _accuracy_on_training_images(self) -> dict[str, Any] | None:
+        """Measured where it is worth it, by those that know more of the run; see `StageRecord`."""
+        return None
 
     def _go_back_for_retry(self, failure: str) -> None:
         progress = self._progress
@@ -315,6 +320,7 @@ class StagedTrainer(FrozenPartTrainer):
             unlogged_loss=_mean(processes.gather(self._tr_loss.item())),
             last_logged_step=self._globalstep_last_logged,
             last_grad_norm=self._last_norm.item(),
+            group_norms=self._norms_of_groups().state(),
             epoch_stopped=self.control.should_epoch_stop,
             stage_seconds=self._progress.stage_seconds + time.monotonic() - self._stage_started,
         )

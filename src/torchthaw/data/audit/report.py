@@ -56,6 +56,14 @@ class AuditReport:
         """The worst of all findings' verdicts."""
         return worst(finding.verdict for finding in self.findings)
 
+    @property
+    def suspicious_labels(self) -> tuple[int, int] | None:
+        """Number of images with suspicious labels, and of those looked at; None where these were not looked for."""
+        if "suspicious labels" not in self.checks:
+            return None
+        found = [finding.count for finding in self.findings if finding.name == "suspicious labels"]
+        return sum(found), sum(self.num_images.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of `audit.json`."""
         return {
