@@ -283,7 +283,11 @@ def test_plateau():
 
 @pytest.mark.parametrize(
     "log",
-    [flat(0.7, 0.8, 0.79, 0.8, 0.78, 0.81), flat(*[0.8] * 6, losses=[0.6, 0.55, 0.5, 0.46, 0.43, 0.4]), flat(*[0.8] * 5)],
+    [
+        flat(0.7, 0.8, 0.79, 0.8, 0.78, 0.81),
+        flat(*[0.8] * 6, losses=[0.6, 0.55, 0.5, 0.46, 0.43, 0.4]),
+        flat(*[0.8] * 5),
+    ],
     ids=["the accuracy still gains", "the loss still falls", "short"],
 )  # fmt: skip
 def test_what_is_no_plateau(log):

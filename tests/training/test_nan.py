@@ -333,8 +333,13 @@ def test_gradients_are_clipped_as_torch_does(tmp_path, data, max_norm):
     gradients.trainer = trainer
     trainer.train()
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    groups = [
+        {key.removeprefix("grad_norm/"): norm for key, norm in entry.items() if key.startswith("grad_norm/")}
+        for entry in trainer.state.log_history
+        if "grad_norm" in entry
+    ]
     assert len(logged) == len(gradients.steps) == 2 * STEPS
-    for (weights, inputs, clipped), norm in zip(gradients.steps, logged, strict=True):
+    for (weights, inputs, clipped), norm, of_groups in zip(gradients.steps, logged, groups, strict=True):
         model = copy.deepcopy(trainer.model)
         model.load_state_dict(weights)
         for name, parameter in model.named_parameters():
@@ -343,6 +348,15 @@ def test_gradients_are_clipped_as_torch_does(tmp_path, data, max_norm):
         model.eval()  # small data: BatchNorm keeps its statistics in every group
         model(**inputs).loss.backward()
         trainable = [p for p in model.parameters() if p.requires_grad]
+        parameters = dict(model.named_parameters())
+        assert of_groups == pytest.approx(
+            {
+                name: math.sqrt(sum(parameters[member].grad.square().sum().item() for member in group.parameters))
+                for name, group in model.layer_groups().items()
+                if parameters[group.parameters[0]].requires_grad
+            },
+            rel=1e-4,
+        )
         expected = nn.utils.clip_grad_norm_(trainable, max_norm or math.inf)
         # The trainer computes the same function in another order.
         assert norm == pytest.approx(expected.item(), rel=1e-5)

@@ -54,16 +54,16 @@ def shorter(course: Course, index: int, epochs: int) -> str | None:
 def less_frozen(course: Course) -> str | None:
     """Returns the line with which all of the network trains, in the last stage at least."""
     if course.plan is None or _is_preset(course):
-        return "plan: full"
+        return None if course.plan is not None and course.plan.name == "full" else "plan: full"
     last = len(course.plan.stages) - 1
     return _changed(course, last, unfreeze="all", learning_rate=None, layer_decay=None)
 
 
 def with_head(course: Course) -> str | None:
     """Returns the line with which the head trains too, in the first stage."""
-    if course.plan is None or not course.records:
+    if course.plan is None or not course.records or _is_preset(course):
         return None
-    live = list(course.records[0].learning_rates)
+    live = [group for group in course.records[0].learning_rates if group != HEAD]
     rate = course.plan.stages[0].learning_rate
     return _changed(course, 0, unfreeze=[*live, HEAD], learning_rate=None if isinstance(rate, Mapping) else rate)
 
