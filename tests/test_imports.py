@@ -22,6 +22,7 @@ LAYERS = [
     {"auditing", "user_errors", "figure_tables"},
     {"data_preparation", "preparation"},
     {"single_run"},
+    {"run_console"},
     {"cross_validation"},
     {"run", "dry_run"},
     {"use", "audits", "rate_search"},

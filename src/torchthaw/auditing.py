@@ -6,7 +6,7 @@ from typing import cast
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from rich.markup import escape
+from rich.text import Text
 from torch import nn
 
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
@@ -80,13 +80,11 @@ def show(report: AuditReport, reporter: Reporter, *, full: bool = False) -> None
     sizes = ", ".join(f"{number} {split}" for split, number in report.num_images.items())
     seconds = sum(report.seconds.values())
     color = _COLORS[report.verdict]
-    reporter.console.print(
-        f"audit of {sizes} images: [bold {color}]{report.verdict}[/] ({seconds:.1f} s)", soft_wrap=True
-    )
+    reporter.say(Text.assemble(f"audit of {sizes} images: ", (report.verdict, f"bold {color}"), f" ({seconds:.1f} s)"))
     for finding in findings:
         color = _COLORS[finding.verdict]
-        line = f"  [{color}]{finding.verdict}[/] {escape(finding.name)}: {escape(printable(finding.summary))}."
-        reporter.console.print(line, soft_wrap=True)
+        told = f" {finding.name}: {printable(finding.summary)}."
+        reporter.say(Text.assemble("  ", (finding.verdict, color), told))
         if full:
             for item in finding.items[:_PATHS_SHOWN]:
                 reporter.say(f"         {printable(_short(item))}")

@@ -1,6 +1,7 @@
 """The command line: thin commands over the package; nothing heavy is imported before a command needs it."""
 
 import errno
+import io
 import json
 import shlex
 import sys
@@ -45,10 +46,16 @@ class SplitUnit(str, Enum):
 
 def main() -> None:
     """Runs the command line; mistakes of the user end with one message and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A class name that the terminal's encoding lacks is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except ThawError as error:
-        print(f"torchthaw: {error}", file=sys.stderr)
+        from torchthaw.console.text import printable
+
+        # Names of files and classes stand in it.
+        print("\n".join(map(printable, f"torchthaw: {error}".split("\n"))), file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -123,9 +130,14 @@ def train(
     # What to write to do it again.
     command = shlex.join(["torchthaw", *(word for word in sys.argv[1:] if word != "--resume")])
     file = Path(recipe) if Path(recipe).is_file() else None
-    results = run_recipe(
-        checked, Reporter(quiet=quiet), resume=resume, command=command, profile=profile, recipe_file=file
-    )
+    try:
+        results = run_recipe(
+            checked, Reporter(quiet=quiet), resume=resume, command=command, profile=profile, recipe_file=file
+        )
+    except KeyboardInterrupt:
+        if is_main():
+            _say_how_to_go_on(Path(str(checked.output)))
+        raise typer.Exit(130) from None
     if as_json and is_main():
         _print_json(results)
 
@@ -282,6 +294,15 @@ def backbones(
 # After the others, so that they come last in --help.
 app.add_typer(find_lr_command)
 app.add_typer(sharing_commands)
+
+
+def _say_how_to_go_on(output: Path) -> None:
+    saved = output / "recipe.yaml"
+    if not saved.is_file():
+        print("torchthaw: stopped before anything was written", file=sys.stderr)
+        return
+    command = shlex.join(["torchthaw", "train", str(saved), "--resume"])
+    print(f"torchthaw: stopped; to go on from the last checkpoint:\n  {command}", file=sys.stderr)
 
 
 def _width(rows: list[dict[str, Any]], key: str) -> int:

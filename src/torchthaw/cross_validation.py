@@ -19,20 +19,19 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from torchthaw.console import Reporter
+from torchthaw.console.run_progress import RunPart
 from torchthaw.data.splitting import fold_dataset
 from torchthaw.data_preparation import PreparedData, prepare_data
 from torchthaw.errors import RecipeError, TrainingError
 from torchthaw.evaluation.folds import fold_figures, pool_folds, stage_votes
 from torchthaw.preparation import training_arguments
 from torchthaw.recipe import Recipe
+from torchthaw.run_console import announce, figures_line, report
 from torchthaw.single_run import (
     RECIPE_FILE,
     Job,
-    announce,
-    figures_line,
     make_trainer,
     recipe_facts,
-    report,
     train_and_save,
     write_audit,
     write_recipe,
@@ -117,9 +116,11 @@ def cross_validate(job: Job, reporter: Reporter) -> dict[str, Any]:
     recipe, output = job.recipe, job.output
     folds = make_folds(recipe, job.data, job.metric)
     results = []
+    seconds: dict[str, float] = {}
     for number, fold in enumerate(folds, start=1):
         folder = output / FOLDS / str(number)
-        fold_job = dataclasses.replace(job, data=fold, output=folder, started=time.monotonic())
+        part = RunPart(f"fold {number}/{recipe.cv}", seconds)
+        fold_job = dataclasses.replace(job, data=fold, output=folder, started=time.monotonic(), part=part)
         results.append(_run_fold(fold_job, number, output, reporter))
         # A trainer refers to itself; the next one shall find its memory free.
         gc.collect()
@@ -293,7 +294,7 @@ def _document(job: Job, results: Sequence[Mapping[str, Any]], summary: dict[str,
 def _run_final(job: Job, summary: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
     recipe = final_recipe(job.recipe, summary["stages"], summary["batch_norm"])
     resume = job.resume and processes.on_main(lambda: (job.output / "stages").is_dir())
-    final = dataclasses.replace(job, recipe=recipe, resume=resume)
+    final = dataclasses.replace(job, recipe=recipe, resume=resume, part=RunPart("final model"))
     trainer = make_trainer(final)
     reporter.say("The final model is trained on the images of all folds.")
     announce(final, trainer, reporter)
@@ -302,7 +303,7 @@ def _run_final(job: Job, summary: dict[str, Any], reporter: Reporter) -> dict[st
     results = train_and_save(
         final, trainer, reporter, facts={"cross_validation": summary, "expected_from": "cross_validation"}
     )
-    report(results, job.output, reporter)
+    report(final, results, reporter)
     reporter.say(EXPECTED)
     return results
 

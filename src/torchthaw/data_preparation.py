@@ -135,7 +135,7 @@ class _Looked:
 
 def _check(splits: DatasetDict, reporter: Reporter) -> _Looked:
     """Decodes every image, and nothing more."""
-    return _Looked({name: find_bad_images(images, progress=not reporter.quiet) for name, images in splits.items()})
+    return _Looked({name: find_bad_images(images, progress=reporter.draws) for name, images in splits.items()})
 
 
 def _look(splits: DatasetDict, reporter: Reporter) -> _Looked:

@@ -69,7 +69,7 @@ def evaluate_saved(
     found = 0 if run is None else _test_images_among(run, source, data, split, images)
     if found:
         _check_look(source, f"{data or 'the data'} ({split})", len(images), found, again)
-    checked, _ = check_images(images, progress=not reporter.quiet)
+    checked, _ = check_images(images, progress=reporter.draws)
     with reporter.progress(f"evaluating {split}", len(checked)) as bar:
         logits = predict_logits(model, ImageView(checked, processor), batch_size=batch_size, on_progress=bar.update)
     config = model.config

@@ -9,18 +9,18 @@ import yaml
 
 from torchthaw.backbones.registration import register_auto_classes
 from torchthaw.console import Reporter, hide_loading_bars
+from torchthaw.console.library_messages import said_once
 from torchthaw.cross_validation import cross_validate, prepare_images
 from torchthaw.data_preparation import selection_metric
 from torchthaw.errors import RecipeError
 from torchthaw.preparation import check_model
 from torchthaw.recipe import Recipe
+from torchthaw.run_console import announce, report
 from torchthaw.sharing.hub import check_branch, check_repo_id, find_token, push_folder
 from torchthaw.single_run import (
     RECIPE_FILE,
     Job,
-    announce,
     make_trainer,
-    report,
     train_and_save,
     write_audit,
     write_recipe,
@@ -64,10 +64,26 @@ def run_recipe(
     """
     started = time.monotonic()
     register_auto_classes()
-    hide_loading_bars()
     processes.join()
     if not processes.is_main():
         reporter = Reporter(quiet=True)
+    hide_loading_bars(downloads=not reporter.draws)
+    with said_once(reporter):
+        return _run_recipe(
+            recipe, reporter, resume=resume, command=command, profile=profile, recipe_file=recipe_file, started=started
+        )
+
+
+def _run_recipe(
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    resume: bool,
+    command: str | None,
+    profile: bool,
+    recipe_file: Path | None,
+    started: float,
+) -> dict[str, Any]:
     output = Path(recipe.output or f"thaw-{recipe.backbone}")
     if processes.on_main(lambda: _check_output(recipe, output, resume=resume)):
         reporter.say(f"{output} holds this run, complete; nothing is left to train")
@@ -88,7 +104,7 @@ def _run(job: Job, reporter: Reporter) -> dict[str, Any]:
     write_recipe(job.recipe, job.output)
     write_audit(job.data, job.output)
     results = train_and_save(job, trainer, reporter)
-    report(results, job.output, reporter)
+    report(job, results, reporter)
     return results
 
 

@@ -114,7 +114,7 @@ def _validation_images(
             )
         for run in runs:
             _refuse_test_images(run, splits[split])
-        return check_images(splits[split], progress=not reporter.quiet)[0]
+        return check_images(splits[split], progress=reporter.draws)[0]
     recipes = [_recipe(run) for run in runs]
     first = recipes[0]
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):

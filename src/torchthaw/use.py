@@ -52,7 +52,7 @@ def predict_paths(
     names = model.config.class_names
     columns = {"image": [{"path": f, "bytes": None} for f in files], "label": [0] * len(files), "path": files}
     features = Features(image=Image(decode=False), label=ClassLabel(names=names), path=Value("string"))
-    images, _ = check_images(Dataset.from_dict(columns, features=features), progress=not reporter.quiet)
+    images, _ = check_images(Dataset.from_dict(columns, features=features), progress=reporter.draws)
     with reporter.progress("predicting", len(images)) as bar:
         logits = predict_logits(model, ImageView(images, processor), batch_size=batch_size, on_progress=bar.update)
     if model.config.several_labels:

@@ -5,6 +5,7 @@ import http.client
 import logging
 import math
 import pickle
+import sys
 import urllib.parse
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from safetensors import SafetensorError
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_weights
@@ -173,8 +175,9 @@ def _names(architecture: str) -> str:
 
 
 def _from_enum(architecture: str, member: WeightsEnum) -> PretrainedWeights:
+    shows_bar = sys.stderr.isatty() and not are_progress_bars_disabled("torchthaw")
     try:
-        state_dict = member.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        state_dict = member.get_state_dict(progress=shows_bar, check_hash=True, map_location="cpu", weights_only=True)
     except (OSError, http.client.HTTPException) as error:
         raise WeightsError(_no_download(member, error)) from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

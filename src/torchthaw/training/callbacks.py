@@ -1,6 +1,5 @@
 """Callbacks and their handling over a run of several stages."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,8 @@ class StageCallback(TrainerCallback):
     """A `TrainerCallback` that is also told where stages begin and end.
 
     Any callback with a method of these names gets the events. All callbacks can read the current stage from
-    `state.stage_index` and `state.stage_name`, and from the entries of `state.log_history`.
+    `state.stage_index` and `state.stage_name`, and from the entries of `state.log_history`; its first step, planned
+    steps and epochs from `state.stage_start_step`, `stage_steps` and `stage_epochs`.
     """
 
     def on_stage_begin(
@@ -103,61 +103,6 @@ class StageEndCallback(TrainerCallback):
         self._at_epoch_end()
 
 
-class ProgressCallback(StageCallback):
-    """Follows a staged run step by step, epoch by epoch and stage by stage.
-
-    Args:
-        move: Moves a progress bar; takes the steps done, all steps, and a text.
-        say: Prints a line.
-    """
-
-    def __init__(self, move: Callable[[int, int, str], None], say: Callable[[str], None]) -> None:
-        self._move, self._say = move, say
-        self._training_loss: float | None = None
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Moves the bar."""
-        text = f"{_stage_name(state)}, epoch {math.ceil(state.epoch or 0)}"
-        self._move(state.global_step, state.max_steps, text)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Prints one line for each validation, once its training loss is known."""
-        logs = logs or {}
-        self._training_loss = logs.get("loss", self._training_loss)
-        if "eval_loss" not in logs or self._training_loss is None:
-            return
-        first = {"eval_map": "mAP"} if "eval_map" in logs else {"eval_accuracy": "accuracy"}
-        names = {**first, "eval_macro_f1": "macro F1"}
-        figures = [f"{name} {logs[key]:.4f}" for key, name in names.items() if key in logs]
-        self._say(
-            f"epoch {math.ceil(state.epoch or 0)} of {state.num_train_epochs} ({_stage_name(state)}): "
-            f"training loss {self._training_loss:.4f}, validation loss {logs['eval_loss']:.4f}, {', '.join(figures)}"
-        )
-
-    def on_stage_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        stage: Stage,
-        record: StageRecord,
-        **kwargs: Any,
-    ) -> None:
-        """Prints what was decided, and how far the layer groups moved."""
-        moved = ", ".join(f"{group} {change:.2%}" for group, change in record.changes.items() if change)
-        self._say(f"stage {stage.name}: {record.reason}. Moved: {moved or 'nothing'}.")
-        if record.ended_early:
-            self._say(f"stage {stage.name} ended early: {record.ended_early}")
-
-
 class DiagnosisCallback(StageCallback):
     """Says what the curves show that is wrong, at the first validation or end of a stage that shows it.
 
@@ -195,7 +140,3 @@ class DiagnosisCallback(StageCallback):
             if (finding.signal, finding.stage) not in self._said:
                 self._said.add((finding.signal, finding.stage))
                 self._say(finding.sentence)
-
-
-def _stage_name(state: TrainerState) -> str:
-    return getattr(state, "stage_name", "done")

@@ -3,7 +3,7 @@
 The methods of `Trainer` that are overridden here were read in transformers 5.23 and are tested with 5.10.1 too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -34,6 +34,8 @@ class FrozenPartTrainer(PrecisionTrainer):
     _validated_part: FrozenPart | None = None
     _operations_per_value: int | None = None
     _store: ArrayStore | None = None
+    # Is told the split, how many of its images the frozen part is computed for, and of how many.
+    on_frozen_progress: Callable[[str, int, int], None] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # By a view's identity; the view itself keeps that from being given to another.
@@ -98,9 +100,11 @@ class FrozenPartTrainer(PrecisionTrainer):
         if id(dataset) not in self._rows:
             larger = 4 if self.args.device.type == "cuda" else 1
             images = self._with_pictures(dataset)
+            tell, total = self.on_frozen_progress, views * len(images)
             rows = border_rows(
                 part, images, views=views, store=self._cache(),
                 batch_size=larger * self.args.per_device_eval_batch_size, num_workers=self.workers_for(images),
+                on_progress=None if tell is None else lambda done: tell(split, done, total),
             )  # fmt: skip
             self._rows[id(dataset)] = (dataset, rows)
             cached = self._progress.frozen_part["cached"]

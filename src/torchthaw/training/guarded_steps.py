@@ -69,6 +69,8 @@ class GuardedTrainer(TimedTrainer):
         # The only time in a step that the device is waited for.
         if processes.any_process(not bool(finite)):
             raise NonFiniteError(self._why_broken(self.stage.name))
+        # For callbacks, on the device; not a field of TrainerState, whose saved form other code reads back strictly.
+        vars(self.state).update(step_losses=[loss for loss, _ in self._batches])
         self._batches = []
         self._norms_of_groups().add(with_gradient, norms)
         return norm

@@ -86,7 +86,14 @@ class StagePassTrainer(ValidatingTrainer):
     def _name_stage(self) -> None:
         assert self.stage is not None
         # Not fields of TrainerState, whose saved form other code reads back strictly.
-        vars(self.state).update(stage_index=self._progress.stage_index, stage_name=self.stage.name)
+        index = self._progress.stage_index
+        vars(self.state).update(
+            stage_index=index,
+            stage_name=self.stage.name,
+            stage_start_step=self._progress.stage_start_step,
+            stage_steps=self._planned_steps[index],
+            stage_epochs=self._planned_epochs[index],
+        )
 
     # Hooks into the loop
 
