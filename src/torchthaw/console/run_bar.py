@@ -11,7 +11,9 @@ from rich.text import Text
 
 from torchthaw.console.text import as_time, encodable, in_lines, printable, shortened
 
-_SHORTEST_BAR = 8
+_SHORTEST_BAR = 6
+# Where the epoch stands among the figures.
+_NARROW = 45
 
 
 @dataclass
@@ -71,6 +73,10 @@ class RunBar:
         width = options.max_width - 1
         after = f"{100 * self.step // max(1, self.steps):3d} %"
         epochs = f"epoch {self.epoch}/{self.epochs}" if self.epochs else ""
+        figures = self.figures()
+        if width < _NARROW:
+            figures.insert(0, epochs)
+            epochs = ""
         fixed = sum(map(cell_len, (self.part, epochs, after))) + 2 * sum(map(bool, (self.part, epochs, after)))
         name = encodable(printable(self.stage), options.encoding)
         name = shortened(name, max(4, width - fixed - 2 - _SHORTEST_BAR))
@@ -79,5 +85,5 @@ class RunBar:
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_row(Text(before), ProgressBar(max(1, self.steps), self.step, width=room), Text(after))
         yield grid
-        for line in in_lines(self.figures(), width):
+        for line in in_lines(filter(None, figures), width):
             yield Text(line)
