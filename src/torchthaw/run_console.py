@@ -43,14 +43,15 @@ def announce(job: Job, trainer: ThawTrainer, reporter: Reporter) -> None:
 def report(job: Job, results: Mapping[str, Any], reporter: Reporter) -> None:
     """Says what came out, where it is, and what can be done with it."""
     stages = results["stages"]
+    metric = results["metric"].replace("macro_f1", "macro F1").replace("_", " ")
     reporter.table(
-        "what each stage reached",
+        f"what each stage reached: validation {metric} before -> after, 95 % interval of the gain",
         (
             "stage",
             "trained parameters",
             "seconds",
             "images/s",
-            f"validation {results['metric']} before -> after, 95 % interval of the gain",
+            metric,
             "result",
             "data wait",
             "peak memory",

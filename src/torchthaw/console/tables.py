@@ -10,6 +10,7 @@ from rich.text import Text
 
 # Longer words, such as names of files, may be broken.
 _LONGEST_WORD = 20
+_NEVER_BROKEN = 12
 _BETWEEN = 2
 
 
@@ -33,7 +34,9 @@ def make_table(
     numbers = list(range(len(columns)))
     texts = {number for number in numbers if number == 0 or columns[number] in words}
     least = [_least(columns[number], [row[number] for row in rows], number in texts) for number in numbers]
-    most = [max(cell_len(columns[number]), *(_widest(row[number]) for row in rows), 0) for number in numbers]
+    # A long header may take lines, before words in cells do.
+    headers = [max(cell_len(name) // 3, min(cell_len(name), _LONGEST_WORD)) for name in columns]
+    most = [max(least[number], headers[number], *(_widest(row[number]) for row in rows)) for number in numbers]
     dispensable = [number for number in numbers if columns[number] in optional]
     while dispensable and _total([least[number] for number in numbers]) > width:
         numbers.remove(dispensable.pop())
@@ -69,7 +72,8 @@ def _total(widths: Sequence[int]) -> int:
 def _least(header: str, cells: Sequence[Text], is_text: bool) -> int:
     pieces = header.split()
     for cell in cells:
-        pieces += cell.plain.split() if is_text else cell.plain.split("\n")
+        is_broken = is_text and cell_len(cell.plain) > _NEVER_BROKEN
+        pieces += cell.plain.split() if is_broken else cell.plain.split("\n")
     longest = max(map(cell_len, pieces), default=1)
     return min(longest, max(_LONGEST_WORD, *map(cell_len, header.split()))) if is_text else longest
 
