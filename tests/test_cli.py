@@ -71,7 +71,8 @@ def test_train_leaves_a_complete_folder_that_pipeline_uses(run, make_image_folde
     assert run("train", out / "recipe.yaml", "--output", again, "--quiet")[0] == 0
     assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
-    code, stdout, _ = run("evaluate", out, "--data", data, "--split", "train", "--json")
+    # The whole folder, so the test images are among them.
+    code, stdout, _ = run("evaluate", out, "--data", data, "--split", "train", "--json", "--again")
     assert code == 0
     assert json.loads(stdout)["num_images"] == 36
     code, stdout, _ = run("predict", out, data / "ant" / "000.png", data / "bee", "--json")
