@@ -20,7 +20,6 @@ from torchthaw.errors import DataError
 from torchthaw.evaluation.features import pooled_features
 from torchthaw.evaluation.inference import best_device
 
-AUDIT_FILE = "audit.json"
 # Before training, features of more images would take longer than they are worth.
 MOST_IMAGES_FOR_FEATURES = 5_000
 _COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}

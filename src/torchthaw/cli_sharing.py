@@ -64,7 +64,10 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Only for you, if the repository is made.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, made if it does not exist.")] = None,
     predictions: Annotated[
-        bool, typer.Option("--predictions", help="Push predictions/ too, which has the names of your image files.")
+        bool,
+        typer.Option(
+            "--predictions", help="Push predictions and report too: your images and their names are in these."
+        ),
     ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

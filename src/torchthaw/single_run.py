@@ -9,7 +9,6 @@ from typing import Any
 
 import transformers
 
-from torchthaw.auditing import AUDIT_FILE
 from torchthaw.console import Reporter
 from torchthaw.console.profile_table import report_profile
 from torchthaw.console.run_progress import RunPart, RunProgressCallback
@@ -21,6 +20,7 @@ from torchthaw.training import processes
 from torchthaw.training.callbacks import DiagnosisCallback
 from torchthaw.training.profiling import ProfileCallback
 from torchthaw.training.provenance import git_state
+from torchthaw.training.results import AUDIT_FILE
 from torchthaw.training.resume import has_checkpoint
 from torchthaw.training.trainer import ThawTrainer
 

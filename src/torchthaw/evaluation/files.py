@@ -1,9 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that an evaluation leaves, which appear whole or not at all."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+MISTAKES, ACTIVATION_MAPS, NEAR_DUPLICATES = "mistakes.png", "activation_maps.png", "near_duplicates.png"
+PICTURE_PLOTS = (MISTAKES, ACTIVATION_MAPS, NEAR_DUPLICATES)
+"""Plots that show images of the data set; they are pushed nowhere without being asked."""
 
 
 @contextmanager

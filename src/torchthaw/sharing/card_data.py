@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from torchthaw.errors import SharingError
+from torchthaw.evaluation.files import PICTURE_PLOTS
 from torchthaw.sharing.card_options import CardOptions
 from torchthaw.sharing.card_schema import Audit, ModelConfig, Results
 
@@ -28,7 +29,7 @@ class CardData:
         results: What the run measured; without `results.json`, nothing.
         recipe: `recipe.yaml` without its sections `card` and `push`; None if there is none.
         options: What the author says.
-        plots: Names of the PNG files in `plots`, sorted.
+        plots: Names of the PNG files in `plots`, sorted, without those that show images of the data set.
         weights_checked: Whether the weights are known to be those that were measured.
     """
 
@@ -75,7 +76,7 @@ def load_card_data(folder: str | Path) -> CardData:
         results=results,
         recipe=recipe,
         options=_options(options, root / "results.json"),
-        plots=tuple(sorted(file.name for file in (root / "plots").glob("*.png"))),
+        plots=tuple(sorted({file.name for file in (root / "plots").glob("*.png")} - set(PICTURE_PLOTS))),
         weights_checked=_check_weights(root, results),
     )
 

@@ -43,11 +43,17 @@ PLOT_NAMES = {
     "confusion_test.png": "Confusion matrix of the test images",
     "reliability_validation.png": "Accuracy against confidence on the validation images",
     "reliability_test.png": "Accuracy against confidence on the test images",
+    "classes_validation.png": "F1 and number of the validation images by class",
+    "classes_test.png": "F1 and number of the test images by class",
+    "scores_validation.png": "Scores of right and wrong predictions on the validation images",
+    "scores_test.png": "Scores of right and wrong predictions on the test images",
     "confusion_out_of_fold.png": "Confusion matrix of the validation images of all folds",
     "reliability_out_of_fold.png": "Accuracy against confidence on the validation images of all folds",
     "average_precision_validation.png": "Average precision of each class on the validation images",
     "average_precision_test.png": "Average precision of each class on the test images",
     "average_precision_out_of_fold.png": "Average precision of each class on the validation images of all folds",
+    "classes_out_of_fold.png": "F1 and number of the validation images of all folds by class",
+    "scores_out_of_fold.png": "Scores of right and wrong predictions on the validation images of all folds",
 }
 
 Table = dict[str, Any]

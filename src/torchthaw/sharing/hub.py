@@ -82,7 +82,8 @@ def push_folder(
         revision: Branch; it is made if there is none. None is `main`.
         token: Token that may write. None takes `HF_TOKEN`, or what `hf auth login` stored.
         commit_message: Title of the commit.
-        include_predictions: Whether `predictions/` is pushed too: it has the names of the image files.
+        include_predictions: Whether `predictions/`, `report.html` and plots of images are pushed too: they show images
+            of the data set and the names of their files.
         say: Gets a line about each step.
 
     Raises:

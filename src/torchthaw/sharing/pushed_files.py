@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from torchthaw.errors import SharingError
+from torchthaw.evaluation.files import PICTURE_PLOTS
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -17,7 +18,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CARD_FILE = "README.md"
 RESULTS_FILE = "results.json"
-PREDICTIONS = ("predictions/*.jsonl",)
+# They have images of the data set, or the names of their files.
+PREDICTIONS = ("predictions/*.jsonl", "report.html", *(f"plots/{name}" for name in PICTURE_PLOTS))
 # Of one set of weights; in a repository that other weights are pushed to, they would be wrong.
 REPORTS = (RESULTS_FILE, "recipe.yaml", "audit.json", "plots/*.png", *PREDICTIONS)
 _BESIDES = (CARD_FILE, "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", *REPORTS)
@@ -28,11 +30,12 @@ def saved_files(folder: Path, *, include_predictions: bool = False) -> dict[str,
 
     The model, its configuration, the image processor, the code that these two name, the card, `results.json`,
     `recipe.yaml`, `audit.json` and the plots; a licence, if there is one. Nothing else: no checkpoints and no hidden
-    files, no other scripts, and no names of the images without being asked.
+    files, no other scripts, and no images of the data set or their names without being asked.
 
     Args:
         folder: The saved model.
-        include_predictions: Whether `predictions/` belongs to it: it has the names of the image files.
+        include_predictions: Whether `predictions/`, `report.html` and the plots that show images belong to it: they
+            have images of the data set, and the names of their files.
 
     Returns:
         Files by their path in the repository.
@@ -45,9 +48,14 @@ def saved_files(folder: Path, *, include_predictions: bool = False) -> dict[str,
     config = _read_config(folder)
     processor = _read_json(folder, PROCESSOR_FILE, "save the image processor too: processor.save_pretrained(folder)")
     names = [CONFIG_FILE, PROCESSOR_FILE, *_weights(folder), *_code(folder, config, processor)]
-    patterns = [pattern for pattern in _BESIDES if include_predictions or pattern not in PREDICTIONS]
-    found = (file for pattern in patterns for file in sorted(folder.glob(pattern)))
-    names += [file.relative_to(folder).as_posix() for file in found if file.is_file() and not file.name.startswith(".")]
+    found = {file for pattern in _BESIDES for file in folder.glob(pattern)}
+    if not include_predictions:
+        found -= {file for pattern in PREDICTIONS for file in folder.glob(pattern)}
+    names += [
+        file.relative_to(folder).as_posix()
+        for file in sorted(found)
+        if file.is_file() and not file.name.startswith(".")
+    ]
     _check_results(folder, names)
     return {name: folder / name for name in names}
 

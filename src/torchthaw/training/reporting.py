@@ -5,13 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from torchthaw.data.label_sets import label_counts
 from torchthaw.data.views import ImageView
+from torchthaw.evaluation.gallery import make_gallery
 from torchthaw.evaluation.inference import predict_split
 from torchthaw.evaluation.looks import describe_images, describe_look, digests_of, write_digests
 from torchthaw.evaluation.multilabel import PER_CLASS, choose_thresholds
 from torchthaw.evaluation.temperature import TemperatureScaling
 from torchthaw.sharing.card import write_card
+from torchthaw.sharing.report import write_report
 from torchthaw.training import processes
 from torchthaw.training.datasets import as_view
 from torchthaw.training.diagnosing import DiagnosingTrainer
@@ -25,6 +29,7 @@ from torchthaw.training.results import (
     measured_emissions,
     no_progress,
     prove_saved,
+    read_audit,
     read_results,
     set_results_aside,
     write_results,
@@ -47,8 +52,8 @@ class ReportingTrainer(DiagnosingTrainer):
         """Saves the model, measures what was saved, and writes it down: what `torchthaw train` leaves in its folder.
 
         The model and its image processor with the code to load them anywhere, `results.json`, `predictions/`,
-        `plots/` and the model card, `README.md`. A new process without torchthaw loads the folder and must give the
-        same logits. In a distributed run, all processes call this, and the first one works.
+        `plots/`, `report.html` and the model card, `README.md`. A new process without torchthaw loads the folder and
+        must give the same logits. In a distributed run, all processes call this, and the first one works.
 
         Args:
             folder: Where to; None for the run's `output_dir`.
@@ -90,11 +95,13 @@ class ReportingTrainer(DiagnosingTrainer):
         self.model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        results = self._measure(folder, test, facts or {}, progress, scaling)
+        outputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        results = self._measure(folder, test, facts or {}, progress, scaling, outputs)
         if scaling is not None:
             self.model.config.temperature = scaling.temperature
             self.model.config.save_pretrained(folder)
         results |= _looks(earlier, results)
+        gallery = make_gallery(self.model, self._views(test), outputs, read_audit(folder), folder)
         if prove:
             proof = prove_saved(folder, self.model, self._proof_view())
             results |= {} if proof is None else {"saved_folder": proof}
@@ -103,6 +110,7 @@ class ReportingTrainer(DiagnosingTrainer):
         results |= {**measured_emissions(self.callback_handler.callbacks), **describe_environment()}
         draw_training(self.state.log_history, self.stage_records, folder)
         write_results(folder, results)
+        write_report(folder, gallery)
         write_card(folder)
         return results
 
@@ -113,10 +121,10 @@ class ReportingTrainer(DiagnosingTrainer):
         facts: Mapping[str, Any],
         progress: ProgressBars,
         scaling: TemperatureScaling | None,
+        outputs: dict[str, tuple[np.ndarray, np.ndarray]],
     ) -> dict[str, Any]:
         """Measures the weights of the model, and collects what else `results.json` holds but the environment."""
-        views = {"train": self._train_data, "validation": self._validation_view(), "test": test}
-        views = {split: view for split, view in views.items() if view is not None}
+        views = self._views(test)
         measured = {split: view for split, view in views.items() if split != "train"}
         figures = measure_views(
             self.model,
@@ -127,6 +135,7 @@ class ReportingTrainer(DiagnosingTrainer):
             collate_fn=self.data_collator,
             progress=progress,
             scaling=scaling,
+            outputs=outputs,
         )
         # By content, since paths and splits may be others later.
         has_files = "test" in figures and isinstance(test, ImageView) and "path" in test.dataset.column_names
@@ -160,6 +169,11 @@ class ReportingTrainer(DiagnosingTrainer):
             "seconds_total": round(sum(record.seconds for record in records), 3),
             **given,
         }
+
+    def _views(self, test: Any) -> dict[str, Any]:
+        """Returns all images that there are by split."""
+        views = {"train": self._train_data, "validation": self._validation_view(), "test": test}
+        return {split: view for split, view in views.items() if view is not None}
 
     def _settle_thresholds(self) -> None:
         """Stores in the model what was asked for: from which probability on an image is given a class."""

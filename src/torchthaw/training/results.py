@@ -36,6 +36,7 @@ from torchthaw.training.timing import peak_memory_mb
 
 RESULTS_FILE = "results.json"
 _ASIDE = ".results.json.earlier"
+AUDIT_FILE = "audit.json"
 WEIGHTS_FILE = "model.safetensors"
 # Enough to see that another preprocessing or class order is at work, in a second or two.
 _IMAGES_TO_CHECK = 16
@@ -73,6 +74,7 @@ def measure_views(
     collate_fn: Callable[..., Any],
     progress: ProgressBars = no_progress,
     scaling: TemperatureScaling | None = None,
+    outputs: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> dict[str, Any]:
     """Measures the weights that the model has on each split; writes predictions and plots.
 
@@ -85,6 +87,7 @@ def measure_views(
         collate_fn: Makes a batch of samples.
         progress: Shows a bar.
         scaling: Is fitted and applied to the logits, which are those of a model without a temperature.
+        outputs: Gets logits and labels by split, if given.
 
     Returns:
         The figures by split.
@@ -98,6 +101,8 @@ def measure_views(
             )  # fmt: skip
         if scaling is not None:
             logits = scaling(split, logits, labels)
+        if outputs is not None:
+            outputs[split] = logits, labels
         known = view.dataset.column_names if isinstance(view, ImageView) else []
         paths, groups = (view.dataset[name][:] if name in known else None for name in ("path", "group"))
         measure = measure_split
@@ -210,6 +215,12 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def read_audit(folder: Path) -> dict[str, Any] | None:
+    """Returns what `audit.json` holds, as the audit of a run leaves it; None if there is none."""
+    file = folder / AUDIT_FILE
     return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
