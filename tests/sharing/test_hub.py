@@ -90,7 +90,8 @@ def write_run(root):
     pixels = random.integers(0, 255, (60, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(root / "plots" / "curves.png")
     others = (
-        "predictions/test.jsonl", "stages/checkpoint-3/optimizer.pt", "stages/journal.json", "runs/x/events.tfevents",
+        "predictions/test.jsonl", "report.html", "plots/mistakes.png", "stages/checkpoint-3/optimizer.pt",
+        "stages/journal.json", "runs/x/events.tfevents",
         "checkpoint-9/model.safetensors", "training_args.bin", "optimizer.pt", ".env", "plots/.hidden.png",
         ".cache/secret", "my_notes.py", "passwords.txt",
     )  # fmt: skip
@@ -155,9 +156,10 @@ def test_push_makes_the_repository_and_has_what_belongs_there_in_one_commit(hub,
 
 def test_names_of_images_are_pushed_only_when_asked_for_and_removed_when_not(hub, folder):
     push_folder(folder, "maker/ants", include_predictions=True)
-    assert set(hub.files("maker/ants")) == PUSHED | {"predictions/test.jsonl"}
+    shown = ("plots/mistakes.png", "predictions/test.jsonl", "report.html")
+    assert set(hub.files("maker/ants")) == PUSHED | set(shown)
     pushed = push_folder(folder, "maker/ants")
-    assert pushed.removed == ("predictions/test.jsonl",)
+    assert pushed.removed == shown
     assert set(hub.files("maker/ants")) == PUSHED
 
 

@@ -82,8 +82,13 @@ def test_everything_is_written_and_is_of_the_saved_weights(trainer, splits, tmp_
     assert "pipeline_tag: image-classification" in card
     assert {file.stem for file in (folder / "plots").iterdir()} == {
         "curves", "learning_rates", "confusion_validation", "confusion_test", "reliability_validation",
-        "reliability_test",
+        "reliability_test", "classes_validation", "classes_test", "scores_validation", "scores_test", "mistakes",
+        "activation_maps",
     }  # fmt: skip
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"<strong>{results['test']['accuracy']:.3f}</strong>" in page
+    wrong = round(18 * (1 - results["validation"]["accuracy"]))
+    assert page.count("taken for <strong>") == min(wrong, 12) > 0
 
 
 def test_a_card_measures_weights_that_are_not_measured_yet_and_only_those(trainer, splits, tmp_path):
