@@ -24,7 +24,7 @@ from torchthaw import (
     TorchvisionImageProcessor,
 )
 from torchthaw.data.builtin import load_builtin_dataset
-from torchthaw.recipe import load_recipe
+from torchthaw.recipe import _Loader, load_recipe
 from torchthaw.training.callbacks import DiagnosisCallback
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -34,7 +34,7 @@ def check_advice(finding):
     """Checks that what is advised, pasted at the end of a recipe, gives a recipe."""
     assert "\n" not in finding.advice
     stages = "stages: [{name: own, epochs: 2}]\n" if finding.advice.startswith("stages") else ""
-    load_recipe(yaml.safe_load(f"backbone: resnet18\ndata: {{path: photos}}\n{stages}{finding.advice}\n"))
+    load_recipe(yaml.load(f"backbone: resnet18\ndata: {{path: photos}}\n{stages}{finding.advice}\n", _Loader))
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,11 @@ def digits():
 
 def train(splits, folder, stage, *, said=None, weights="builtin", **options):
     torch.manual_seed(0)
+    options.setdefault("augmentation", "none")
     trainer = ThawTrainer(
         TorchvisionForImageClassification.from_torchvision("shufflenet_v2_x0_5", weights=weights, id2label=DIGITS),
         ThawTrainingArguments(
-            output_dir=str(folder), plan=stage if isinstance(stage, list) else [stage], augmentation="none", gate="off",
+            output_dir=str(folder), plan=stage if isinstance(stage, list) else [stage], gate="off",
             use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", load_best_model_at_end=False,
             **options,
         ),
@@ -120,7 +121,7 @@ def test_real_training_on_shuffled_labels(digits, tmp_path):
 def test_what_is_measured_on_training_images(digits, tmp_path):
     trainer = train(digits, tmp_path, Stage("head", "head", epochs=1, learning_rate=1e-7))
     [record] = trainer.stage_records
-    rows = np.sort(np.random.default_rng(0).permutation(300)[:200])
+    rows = np.sort(np.random.default_rng(trainer.args.seed).permutation(300)[:200])
     logits, labels, _ = trainer.predict(digits[0].select(rows))
     assert record.train_accuracy["balanced_accuracy"] == pytest.approx(
         balanced_accuracy_score(labels, logits.argmax(axis=1)), abs=1e-4
@@ -180,18 +181,18 @@ def test_real_training_longer_than_worth_it(digits, tmp_path):
 
 
 def test_real_training_that_waits_for_images(digits, tmp_path, monkeypatch):
-    # Photos of 12 megapixels, which take long to decode and nothing to compute on.
+    # Photos of 3 megapixels, which take long to decode and nothing to compute on.
     random = np.random.default_rng(0)
-    large = Image.fromarray(random.integers(0, 255, (3000, 4000, 3), dtype=np.uint8))
+    large = Image.fromarray(random.integers(0, 255, (1500, 2000, 3), dtype=np.uint8))
     names, labels = [], []
     for number in range(16):
         name = tmp_path / f"{number}.png"
-        large.crop((number, 0, 4000, 3000)).save(name, compress_level=1)
+        large.crop((number, 0, 2000, 1500)).save(name, compress_level=1)
         names.append(str(name))
         labels.append(number % 10)
     images = Dataset.from_dict({"image": names, "label": labels}).cast_column("image", ImageFeature())
     images = images.cast_column("label", digits[0].features["label"])
-    monkeypatch.setattr("torchthaw.training.diagnosis.signals._SECONDS_LOST", 1.0)
+    monkeypatch.setattr("torchthaw.training.diagnosis.signals._SECONDS_LOST", 0.1)
     trainer = train(
         (images, digits[1]), tmp_path / "run", Stage("all", "all", epochs=1, learning_rate=1e-4),
         per_device_train_batch_size=8, cache_gb=0, dataloader_num_workers=0,

@@ -27,7 +27,7 @@ def test_clipping_is_torchs_bit_for_bit(dtypes, max_norm):
         for _ in range(2)
     ]
     for mine, other, given in zip(ours, theirs, parameters_with_gradients(1), strict=True):
-        mine.grad, other.grad = given.grad.to(mine.dtype), given.grad.to(other.dtype)
+        mine.grad, other.grad = given.grad.to(mine.dtype).clone(), given.grad.to(other.dtype).clone()
     expected = nn.utils.clip_grad_norm_(theirs, max_norm)
     norm, norms = clip_gradients(ours, max_norm)
     if len(set(dtypes)) == 1:
