@@ -24,7 +24,7 @@ _ALL = {"name": "all", "unfreeze": "all", "layer_decay": 1.0}
 # What is changed in a healthy recipe, and what that is to show.
 SHOWN: dict[str, dict[str, Any]] = {
     "rate too high": {"stages": [{**_ALL, "epochs": 3, "learning_rate": 0.1}]},
-    "not finite": {"stages": [{**_ALL, "epochs": 2, "learning_rate": 1e4, "optimizer": "sgd"}], "max_grad_norm": 0},
+    "not finite": {"stages": [{**_ALL, "epochs": 2, "learning_rate": 1e12, "optimizer": "sgd"}], "max_grad_norm": 0},
     "rate too low": {"plan": "head", "epochs": 3, "learning_rate": 1e-7},
     "too much frozen": {"plan": "head", "epochs": 3, "weights": None, "batch_norm": "eval"},
     "overfitting": {"stages": [{**_ALL, "epochs": 12, "learning_rate": 1e-3}], "augmentation": "none", "labels": 0.5},

@@ -62,8 +62,8 @@ def rate_too_high(course: Course, curves: Curves) -> Iterator[Finding]:
             what = "guessing gives" if before == guessing else "it was before it"
             yield Finding(
                 "rate too high",
-                f"stage {record.name!r}: validation loss {best:.3f} at best, where {what} {before:.3f}, at rates up to "
-                f"{short(max(record.learning_rates.values(), default=math.nan))}",
+                f"stage {record.name!r}: validation loss {_short_loss(best)} at best, where {what} {before:.3f}, at "
+                f"rates up to {short(max(record.learning_rates.values(), default=math.nan))}",
                 advice.scaled_rate(course, index, 0.1),
                 stage=index,
             )
@@ -203,6 +203,10 @@ def waiting_for_data(course: Course) -> Iterator[Finding]:
                 advice.faster_loading(course),
                 stage=index,
             )
+
+
+def _short_loss(loss: float) -> str:
+    return f"{loss:.3f}" if loss < 1000 else f"{loss:.1e}"
 
 
 def _and_accuracy(first: Validation, last: Validation) -> str:
