@@ -183,6 +183,7 @@ def test_a_second_look_is_refused_and_with_again_recorded(run, saved, data):
     assert {**after, "test_looks": 0, "test_reads": 0} == {**before, "test_looks": 0, "test_reads": 0}
     card = (saved / "README.md").read_text()
     assert "used 2 times" in card
+    assert "used 2 times" in (saved / "report.html").read_text()
     assert f"{second['time']} by evaluate" in card
 
 

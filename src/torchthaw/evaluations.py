@@ -23,6 +23,7 @@ from torchthaw.evaluation.looks import count_test_images, describe_look, digests
 from torchthaw.evaluation.multilabel_measuring import figures_of
 from torchthaw.recipe import DataRecipe, load_recipe
 from torchthaw.sharing.card import write_card
+from torchthaw.sharing.report import REPORT_FILE, write_report
 from torchthaw.training.results import RESULTS_FILE, read_results, write_results
 from torchthaw.use import load_on_device
 
@@ -167,10 +168,11 @@ def _record(source: str, figures: Mapping[str, Any], command: str | None, report
     look = describe_look("evaluate", figures, command=command, recipe=results.get("recipe"))
     reads = int(results.get("test_reads", 1)) + 1
     write_results(folder, {**results, "test_reads": reads, "test_looks": [*results.get("test_looks", []), look]})
-    if (folder / "README.md").is_file():
-        try:
-            write_card(folder)
-        except SharingError as error:
-            reporter.say(f"The card does not say so yet: {error}")
+    for name, write in (("README.md", write_card), (REPORT_FILE, write_report)):
+        if (folder / name).is_file():
+            try:
+                write(folder)
+            except SharingError as error:
+                reporter.say(f"{name} does not say so yet: {error}")
     reporter.say(f"The test images of {source} have now been measured {reads} times; {RESULTS_FILE} says so.")
     return reads
