@@ -82,7 +82,8 @@ def report(job: Job, results: Mapping[str, Any], reporter: Reporter) -> None:
             reporter.say(f"{split}: {figures_line(results[split])}")
     for finding in results.get("diagnosis", ()):
         reporter.say(Finding(**finding).sentence)
-    reporter.say(f"saved to {job.output}: the model, README.md (its card), results.json, plots/, predictions/")
+    files = "the model, README.md (its card), report.html, results.json, plots/, predictions/"
+    reporter.say(f"saved to {job.output}: {files}")
     reporter.say("next:")
     for command in next_commands(job):
         reporter.paste(f"  {command}")

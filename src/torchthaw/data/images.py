@@ -206,7 +206,9 @@ def find_bad_images(dataset: Dataset, *, num_threads: int | None = None, progres
     with ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
         checked = pool.map(lambda start: list(_check_rows(dataset, start)), starts)
         try:
-            for found in track(checked, "Checking images", len(starts), console=console, disable=not progress):
+            for found in track(
+                checked, "Checking images", len(starts), console=console, transient=True, disable=not progress
+            ):
                 bad.extend(found)
         except BaseException:
             # Without this, an interrupt would wait until every image is decoded.
