@@ -17,7 +17,7 @@ from PIL import Image
 
 # Files with few, long tests; begun last, they would keep one process busy while the others wait.
 LONG = {"test_kill_anywhere", "test_two_processes", "test_trainer_pushes", "test_export_onnx", "test_saved_folder",
-        "test_cross_validation", "test_audit_command"}  # fmt: skip
+        "test_cross_validation", "test_audit_command", "test_terminal"}  # fmt: skip
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
