@@ -24,14 +24,16 @@ _ALL = {"name": "all", "unfreeze": "all", "layer_decay": 1.0}
 # What is changed in a healthy recipe, and what that is to show.
 SHOWN: dict[str, dict[str, Any]] = {
     "rate too high": {"stages": [{**_ALL, "epochs": 3, "learning_rate": 0.1}]},
-    "not finite": {"stages": [{**_ALL, "epochs": 2, "learning_rate": 1e12, "optimizer": "sgd"}], "max_grad_norm": 0},
+    "not finite": {"stages": [{"name": "head", "unfreeze": "head", "epochs": 1},
+                              {**_ALL, "epochs": 1, "learning_rate": 1e12, "optimizer": "sgd"}], "max_grad_norm": 0},
     "rate too low": {"plan": "head", "epochs": 3, "learning_rate": 1e-7},
     "too much frozen": {"plan": "head", "epochs": 3, "weights": None, "batch_norm": "eval"},
-    "overfitting": {"stages": [{**_ALL, "epochs": 12, "learning_rate": 1e-3}], "augmentation": "none", "labels": 0.5},
-    "labels": {"stages": [{**_ALL, "epochs": 12, "learning_rate": 1e-3}], "augmentation": "none", "labels": 1.0},
-    "erratic validation": {"stages": [{**_ALL, "epochs": 8, "learning_rate": 3e-3, "batch_norm": "train",
-                                       "schedule": "constant"}], "batch_size": 4},
-    "plateau": {"plan": "head", "epochs": 40, "learning_rate": 5e-3},
+    "overfitting": {"plan": "full", "epochs": 12, "augmentation": "none", "labels": 0.4},
+    "labels": {"plan": "full", "epochs": 8, "augmentation": "none", "labels": 1.0},
+    "erratic validation": {"stages": [{**_ALL, "epochs": 8, "learning_rate": 1e-3, "batch_norm": "train",
+                                       "schedule": "constant"}], "batch_size": 8},
+    "plateau": {"stages": [{"name": "head", "unfreeze": "head", "epochs": 12, "learning_rate": 3e-3,
+                            "schedule": "polynomial", "schedule_args": {"power": 12, "lr_end": 1e-9}}]},
     "small validation": {"plan": "head", "epochs": 2, "few": 16},
 }  # fmt: skip
 
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", choices=("healthy", "shown"))
+    parser.add_argument("--signals", nargs="+", choices=SHOWN, help="shown signals to run; all by default")
     parser.add_argument("--output", type=Path, default=Path("diagnosis_table.json"))
     options = parser.parse_args()
     rows = []
@@ -60,7 +63,7 @@ def main() -> None:
         signals = {finding["signal"] for row in rows for finding in row["said"]}
         print(f"\nalarms in {len(rows)} healthy runs: {', '.join(sorted(signals & set(ALARMS))) or 'none'}\n")
     if options.only != "healthy":
-        for name in SHOWN:
+        for name in options.signals or SHOWN:
             add(name, options.seeds[0], shown(options, name, options.seeds[0]))
 
 

@@ -192,6 +192,27 @@ def test_training_images_tell_labels_from_what_is_frozen():
     assert signals(measured) == ["too much frozen"]
 
 
+def test_training_images_that_are_right_as_often_as_others_are_not_known_by_heart():
+    slow = log_of((0.69, 0.66, 0.60), (0.69, 0.655, 0.61), (0.69, 0.65, 0.61), start=(0.69, 0.5))
+    seen = {"balanced_accuracy": 0.62, "class_counts": [100, 100]}
+    record = record_of(changes={"stem": 0, "head": 1e-5}, learning_rates={"head": 1e-7}, train_accuracy=seen)
+    course = Course(log=slow, records=[record], class_counts=[75, 75], num_classes=2, learning_rate=1e-7)
+    assert signals(course) == ["rate too low"]
+    known = dataclasses.replace(record, train_accuracy={**seen, "balanced_accuracy": 0.9})
+    assert signals(dataclasses.replace(course, records=[known])) == ["labels"]
+
+
+def test_a_head_that_gets_nothing_to_move_by():
+    still = record_of(learning_rates={"head": 1e-3}, changes={"stem": 0, "head": 0.004})
+    [finding] = diagnose(course_of(GUESSING, still))
+    assert finding.signal == "too much frozen"
+    assert "in 30 steps at 1e-3 the head moved by 0.40% of its norm only" in finding.evidence
+    # Plain gradient descent moves as far as its gradients are long; and lower rates move nothing.
+    assert signals(course_of(GUESSING, still, optimizer="sgd")) == ["rate too low"]
+    low = dataclasses.replace(still, learning_rates={"head": 1e-5})
+    assert signals(course_of(GUESSING, low)) == ["rate too low"]
+
+
 @pytest.mark.parametrize(("found", "signal"), [((30, 200), "labels"), ((3, 200), "too much frozen"),
                                                (None, "too much frozen")])  # fmt: skip
 def test_the_audit_tells_labels_from_what_is_frozen(found, signal):

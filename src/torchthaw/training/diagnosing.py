@@ -49,6 +49,7 @@ class DiagnosingTrainer(PushingTrainer):
             plan=StagePlan.from_dict(self.args.plan),  # type: ignore[arg-type]  # settled by the arguments
             learning_rate=self.args.learning_rate,
             augmentation=self.args.augmentation,  # type: ignore[arg-type]  # likewise
+            optimizer=str(getattr(self.args.optim, "value", self.args.optim)),
             label_smoothing=self.args.label_smoothing_factor,
             num_workers=self._processes_that_load(),
             cores=available_cores(),

@@ -57,6 +57,7 @@ class Course:
         learning_rate: The run's rate of a new head, with which rates that the plan leaves open move.
         augmentation: Name or fields of the run's augmentation.
         label_smoothing: Share of each label that is spread over all classes.
+        optimizer: The run's kind of optimizer, as transformers names it.
         num_workers: Processes that load images.
         cores: Processors that they could use.
         image_size: Side of the training images in pixels.
@@ -73,10 +74,16 @@ class Course:
     learning_rate: float | None = None
     augmentation: str | Mapping[str, Any] | None = None
     label_smoothing: float = 0.0
+    optimizer: str | None = None
     num_workers: int = 0
     cores: int = 1
     image_size: int | None = None
     suspicious_labels: tuple[int, int] | None = None
+
+    def optimizer_of(self, index: int) -> str | None:
+        """Returns the kind of optimizer of a stage; None where it is not known."""
+        own = self.plan.stages[index].optimizer if self.plan is not None and index < len(self.plan.stages) else None
+        return own or self.optimizer
 
     def stage_name(self, index: int) -> str:
         """Returns what messages call a stage."""

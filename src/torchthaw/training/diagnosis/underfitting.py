@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from torchthaw.stages.plan import HEAD
 from torchthaw.training.diagnosis import advice
 from torchthaw.training.diagnosis.advice import short
-from torchthaw.training.diagnosis.chance import guessed_balanced_accuracy, guessed_loss
+from torchthaw.training.diagnosis.chance import error_of_difference, guessed_balanced_accuracy, guessed_loss
 from torchthaw.training.diagnosis.course import Course, Finding
 from torchthaw.training.diagnosis.curves import Curves, Validation
 from torchthaw.training.records import StageRecord
@@ -19,6 +19,9 @@ _STILL, _ON_ITS_WAY = 0.02, 0.2
 # A gradient of which this is left has not been followed: at its optimum, what is left is noise between batches, which
 # falls with the loss.
 _UNSPENT = 0.8
+# Sum of the rates of all steps from which on Adam moves a head by more than `_STILL`, if any gradient of its weights
+# comes: by each step it moves a weight by about the rate, and the weights of a new head are some hundredths.
+_FAR_ENOUGH = 0.01
 # Below this the network in front of the head is dead: no change of it reaches the loss.
 _DEAD = 1e-6
 # Of three sets of photos with good labels the audit finds 0.8 to 1.8 % suspicious, with a tenth of them drawn at random
@@ -66,6 +69,7 @@ def underfitting(course: Course, curves: Curves) -> Iterator[Finding]:
     found = (
         _by_heart(course, rows, seen)
         or _dead(course, curves, seen)
+        or _without_features(course, index, moved, seen)
         or _too_low(course, index, moved, left, seen)
         or _suspicious(course, seen)
         or _frozen(course, rows, moved, seen)
@@ -92,7 +96,7 @@ def _by_heart(course: Course, rows: Sequence[Validation], seen: str) -> Finding 
         best = max(measured, key=_training_balance)
         figures = best.train_accuracy or {}
         chance = guessed_balanced_accuracy(figures.get("class_counts", ()), course.num_classes)
-        if chance is None or _training_balance(best) <= chance:
+        if chance is None or _training_balance(best) <= chance or not _better_than_validation(course, rows, best):
             return None
         learned = (
             f"of {sum(figures['class_counts'])} training images, as validation would see them, "
@@ -106,6 +110,13 @@ def _by_heart(course: Course, rows: Sequence[Validation], seen: str) -> Finding 
     return _about_labels(
         course, f"{seen}, although {learned}: training images are learned by heart, and nothing that holds for others"
     )
+
+
+def _better_than_validation(course: Course, rows: Sequence[Validation], record: StageRecord) -> bool:
+    """Whether more of the training images are right, by three standard errors of fewer than these images."""
+    images = min(sum((record.train_accuracy or {}).get("class_counts", ())), sum(course.class_counts))
+    shares = _training_balance(record), max(row.balanced for row in rows if row.balanced is not None)
+    return images > 0 and shares[0] - shares[1] > 3 * error_of_difference(shares, images)
 
 
 def _training_balance(record: StageRecord) -> float:
@@ -127,6 +138,27 @@ def _dead(course: Course, curves: Curves, seen: str) -> Finding | None:
                     stage=index,
                 )
     return None
+
+
+def _without_features(course: Course, index: int, moved: float, seen: str) -> Finding | None:
+    """A head that does not move at a rate that moves any other: what is frozen gives it nothing to move by."""
+    record, frozen = course.records[index], _never_trained(course)
+    adaptive = (course.optimizer_of(index) or "adamw").startswith("ada")
+    rate = record.learning_rates[HEAD]
+    if not frozen or not adaptive or moved >= _STILL or rate * record.steps < _FAR_ENOUGH:
+        return None
+    return Finding(
+        "too much frozen",
+        f"{seen}; in {record.steps} steps at {short(rate)} the head moved by {moved:.2%} of its norm only: what is "
+        f"frozen ({', '.join(frozen)}) gives it the same for all images",
+        advice.less_frozen(course),
+    )
+
+
+def _never_trained(course: Course) -> list[str]:
+    trained = {group for record in course.records for group in record.learning_rates}
+    groups = dict.fromkeys(group for record in course.records for group in record.changes)
+    return [group for group in groups if group not in trained]
 
 
 def _too_low(course: Course, index: int, moved: float, left: float | None, seen: str) -> Finding | None:
@@ -155,8 +187,7 @@ def _suspicious(course: Course, seen: str) -> Finding | None:
 
 def _frozen(course: Course, rows: Sequence[Validation], moved: float, seen: str) -> Finding | None:
     """The head moved, training images are not learned either, and some layers never trained."""
-    trained = {group for record in course.records for group in record.learning_rates}
-    frozen = [group for record in course.records for group in record.changes if group not in trained]
+    frozen = _never_trained(course)
     if not frozen:
         return None
     losses = [row.loss for row in rows if row.loss is not None]
@@ -164,7 +195,7 @@ def _frozen(course: Course, rows: Sequence[Validation], moved: float, seen: str)
     return Finding(
         "too much frozen",
         f"{seen}, and {loss} although the head moved by {moved:.0%}{_training_images(course)}: what is frozen "
-        f"({', '.join(dict.fromkeys(frozen))}) gives no features of these classes",
+        f"({', '.join(frozen)}) gives no features of these classes",
         advice.less_frozen(course),
     )
 
@@ -192,5 +223,6 @@ def _about_labels(course: Course, evidence: str) -> Finding:
         audit = ". Look at some images and their labels"
     else:
         found, looked_at = course.suspicious_labels
-        audit = f". The audit finds {found} of {looked_at} labels suspicious, which audit.json lists"
+        audit = f". The audit finds {found} of {looked_at} labels suspicious"
+        audit += ", which audit.json lists" if found else "; look at some images and their labels all the same"
     return Finding("labels", evidence + audit, advice.against_bad_labels(course))
