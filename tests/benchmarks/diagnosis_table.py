@@ -4,7 +4,8 @@
 
 FOLDER holds the image folders `hymenoptera` (with splits), `trashnet-sixth` and `sign-digits` (with `groups.csv`), each
 of which is trained with the preset `staged` and `torchthaw train`'s own way: audit, validation images cut off where
-there are none, gate. FILE is a torchvision state_dict of mobilenet_v2. Runs that show a signal are made of hymenoptera.
+there are none, gate. FILE is a torchvision state_dict of mobilenet_v2. Runs that show a signal are made of hymenoptera, whose
+153 validation images explain too much for jumps: those, and waiting, are shown in tests/training.
 Prints a Markdown table, and says at its end how many healthy runs got an alarm.
 """
 
@@ -30,8 +31,6 @@ SHOWN: dict[str, dict[str, Any]] = {
     "too much frozen": {"plan": "head", "epochs": 3, "weights": None, "batch_norm": "eval"},
     "overfitting": {"plan": "full", "epochs": 12, "augmentation": "none", "labels": 0.4},
     "labels": {"plan": "full", "epochs": 8, "augmentation": "none", "labels": 1.0},
-    "erratic validation": {"stages": [{**_ALL, "epochs": 8, "learning_rate": 1e-3, "batch_norm": "train",
-                                       "schedule": "constant"}], "batch_size": 8},
     "plateau": {"stages": [{"name": "head", "unfreeze": "head", "epochs": 12, "learning_rate": 3e-3,
                             "schedule": "polynomial", "schedule_args": {"power": 12, "lr_end": 1e-9}}]},
     "small validation": {"plan": "head", "epochs": 2, "few": 16},
