@@ -4,8 +4,8 @@
 
 FOLDER holds the image folders `hymenoptera` (with splits), `trashnet-sixth` and `sign-digits` (with `groups.csv`), each
 of which is trained with the preset `staged` and `torchthaw train`'s own way: audit, validation images cut off where
-there are none, gate. FILE is a torchvision state_dict of mobilenet_v2. Runs that show a signal are made of hymenoptera, whose
-153 validation images explain too much for jumps: those, and waiting, are shown in tests/training.
+there are none, gate. FILE is a torchvision state_dict of mobilenet_v2. Runs that show a signal are made of
+hymenoptera, whose 153 validation images explain too much for jumps: those, and waiting, are shown in tests/training.
 Prints a Markdown table, and says at its end how many healthy runs got an alarm.
 """
 
