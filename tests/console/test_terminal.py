@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def on_terminal(runs):
     """
     child, terminal = pty.fork()
     if child == 0:
+        # Whoever starts the tests in the background lets them ignore it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execve(sys.executable, [sys.executable, str(SCRIPT), json.dumps(runs)], {**ENVIRONMENT, "TERM": "xterm"})
     ended = []
     try:
@@ -59,7 +62,7 @@ def on_terminal(runs):
                 stream.feed(got)
                 if b"epoch" in got:
                     seen.append([line.rstrip() for line in screen.display])
-                if interrupt_at is not None and re.search(interrupt_at, got.decode(errors="replace")):
+                if interrupt_at is not None and re.search(interrupt_at, text[-2000:].decode(errors="replace")):
                     os.write(terminal, b"\x03")
                     interrupt_at = None
             os.write(terminal, b"\n")
