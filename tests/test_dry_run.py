@@ -1,6 +1,7 @@
 """`torchthaw train --dry-run` shows what a run would do, and does nothing of it."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -46,9 +47,18 @@ def on_meta(architecture, **options):
 
 
 def cells(stderr):
-    """Reads tables: what stands between the bars, by line."""
-    lines = [line.strip("│┃ ") for line in stderr.splitlines() if line[:1] in "│┃"]
-    return [[cell.strip() for cell in line.replace("┃", "│").split("│")] for line in lines]
+    """Reads tables, a header above a rule and the lines below it: what stands between wide spaces, by line."""
+    rows, columns = [], None
+    lines = [line.strip() for line in stderr.splitlines()]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        parts = re.split(r"\s{2,}", line)
+        if set(following) == {"─"}:
+            columns = len(parts)
+        if columns == len(parts) and set(line) != {"─"}:
+            rows.append(parts)
+        elif set(line) != {"─"}:
+            columns = None
+    return rows
 
 
 def test_the_quickstart_is_shown_with_its_parameters_steps_and_rates(run):
