@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +27,7 @@ _NAMES = {
     "ece": "expected calibration error",
     "brier": "Brier score",
 }
-# A wider matrix is not readable on a terminal; then the most frequent confusions are listed.
+# A wider matrix, or one that tears words apart, is not readable; then the most frequent confusions are listed.
 _WIDEST_MATRIX = 12
 _CONFUSIONS = 20
 
@@ -64,19 +65,21 @@ def show_figures(figures: Mapping[str, Any], *, per_class: bool = False, confusi
             table.add_row(_safe(name), *shown, str(of["support"]))
         console.print(table)
     if confusion:
-        console.print(_confusion(figures))
+        console.print(_confusion(figures, console.width))
     if "test_reads" in figures:
         console.print(f"These are the test images of the run; they have been measured {figures['test_reads']} times.")
 
 
-def _confusion(figures: Mapping[str, Any]) -> Table | str:
+def _confusion(figures: Mapping[str, Any], width: int) -> Table | str:
     names = list(figures["per_class"])
     matrix = figures.get("confusion_matrix")
     if "map" in figures:
         return "There is no confusion matrix where images may have several labels."
     if matrix is None:
         return f"There are {len(names)} classes, too many for a confusion matrix."
-    if len(names) <= _WIDEST_MATRIX:
+    words = [max((cell_len(word) for word in _safe(name).split()), default=1) for name in names]
+    # Each column has a border and a space on either side; the first one holds every name, too.
+    if len(names) <= _WIDEST_MATRIX and sum(words) + max(words) + 3 * len(names) + 4 <= width:
         table = _table("true class \\ predicted", *map(_safe, names))
         for name, row in zip(names, matrix, strict=True):
             table.add_row(_safe(name), *map(str, row))
