@@ -5,7 +5,7 @@ for bit, since all that is random is drawn before, for each image.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,12 @@ class Normalisation:
             std=std if processor.do_normalize else None,
         )
 
+    def on(self, device: torch.device) -> "Normalisation":
+        """Returns the same for pixels on a device."""
+        if self.mean is None or self.std is None:
+            return self
+        return replace(self, mean=self.mean.to(device), std=self.std.to(device))
+
     def __call__(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns float pixels of (..., 3, height, width)."""
         out = torch.empty(pixels.shape, device=pixels.device) if out is None else out
@@ -53,7 +59,7 @@ class Normalisation:
         if self.factor is not None:
             out.mul_(self.factor)
         if self.mean is not None and self.std is not None:
-            out.sub_(self.mean.to(out.device)).div_(self.std.to(out.device))
+            out.sub_(self.mean).div_(self.std)
         return out
 
 
@@ -118,7 +124,7 @@ def unfinished(view: View, partner: View | None = None, mixing: Mixing | None = 
     sample = {"pixel_values": view.pixels, _ERASED: torch.tensor(view.erased)}
     if partner is None or mixing is None:
         return sample
-    # Empty boxes stand for blending: what is pasted then is all of the blend.
+    # A blend pastes nothing, and where a box is pasted the rest is the image's own.
     return {
         **sample,
         _PARTNERS: partner.pixels,
@@ -134,7 +140,15 @@ def is_unfinished(batch: Mapping[str, Tensor]) -> bool:
 
 
 def finish(batch: Mapping[str, Tensor], normalisation: Normalisation) -> dict[str, Tensor]:
-    """Takes the last steps for a batch of unfinished samples, on its device."""
+    """Takes the last steps for a batch of unfinished samples, on its device.
+
+    Args:
+        batch: What the samples of `unfinished` are collated to, with `labels`; images uint8, (N, 3, height, width).
+        normalisation: That of their view, on the same device.
+
+    Returns:
+        `pixel_values`, float, (N, 3, height, width), and `labels`.
+    """
     rest = dict(batch)
     pixels = _erase(normalisation(rest.pop("pixel_values")), rest.pop(_ERASED))
     if _PARTNERS in rest:

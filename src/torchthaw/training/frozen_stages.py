@@ -16,7 +16,7 @@ from torchthaw.backbones.borders import find_border
 from torchthaw.backbones.folding import FastForm, put_on_fast_form
 from torchthaw.data.caches.images import with_cached_images
 from torchthaw.data.caches.store import ArrayStore
-from torchthaw.data.finishing import finish, is_unfinished
+from torchthaw.data.finishing import Normalisation, finish, is_unfinished
 from torchthaw.data.views import ImageView, collate
 from torchthaw.data.workers import suggest_workers
 from torchthaw.training.frozen_part import BORDER_VALUES, BorderRows, FrozenPart, border_rows
@@ -34,6 +34,7 @@ class FrozenPartTrainer(PrecisionTrainer):
     _validated_part: FrozenPart | None = None
     _operations_per_value: int | None = None
     _store: ArrayStore | None = None
+    _normalisation: Normalisation | None = None
     # Is told the split, how many of its images the frozen part is computed for, and of how many.
     on_frozen_progress: Callable[[str, int, int], None] | None = None
 
@@ -59,6 +60,9 @@ class FrozenPartTrainer(PrecisionTrainer):
         self.train_dataset = self._with_pictures(self.train_dataset) if rows is None else rows
         if self._finishes_batches() and isinstance(self.train_dataset, ImageView) and self.data_collator is collate:
             self.train_dataset = self.train_dataset.left_unfinished()
+            # Moved once: a copy in each step would wait for the device.
+            normalisation = getattr(self.train_dataset.transform, "normalisation", None)
+            self._normalisation = None if normalisation is None else normalisation.on(self.args.device)
 
     def _find_part(self) -> None:
         assert self.stage is not None
@@ -189,8 +193,9 @@ class FrozenPartTrainer(PrecisionTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        data: Any = self.train_dataset
-        return finish(inputs, data.transform.normalisation) if is_unfinished(inputs) else inputs
+        if self._normalisation is None or not is_unfinished(inputs):
+            return inputs
+        return finish(inputs, self._normalisation)
 
     def _at_border(self, inputs: dict[str, Any], part: FrozenPart) -> dict[str, Any]:
         """Returns a batch in which values at the border stand as `pixel_values`."""
