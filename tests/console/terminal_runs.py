@@ -27,7 +27,8 @@ def main() -> None:
             cli.main()
         except SystemExit as exit_:
             code = exit_.code or 0
-        for stream in {sys.stdout, sys.stderr}:
+        # A terminal shows both streams: there the mark would be read as the end of two runs.
+        for stream in [sys.stdout] if sys.stdout.isatty() else [sys.stderr, sys.stdout]:
             print(f"\n{MARK} {code}", file=stream, flush=True)
         sys.stdin.readline()  # the reader has seen it
 

@@ -15,6 +15,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -159,7 +160,7 @@ class HubStandIn:
         class BoundHandler(Handler):
             hub = stand_in
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), BoundHandler)
+        self._server = Server(("127.0.0.1", port), BoundHandler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -228,6 +229,14 @@ def _is_lfs(path: str, sample: bytes, size: int) -> bool:
     except UnicodeDecodeError:
         return True
     return b"\0" in sample
+
+
+class Server(ThreadingHTTPServer):
+    """Serves; a client that hangs up is nothing to report."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError | ConnectionResetError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
