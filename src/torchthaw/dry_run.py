@@ -79,7 +79,9 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     plan = _with_augmentation(full_plan(arguments, model), arguments.asked_augmentation)
     sizes = {split: len(images) for split, images in data.splits.items()}
     fold_sizes = [{split: len(images) for split, images in fold.splits.items()} for fold in folds]
-    planned = [plan_rows(model, plan, num_images=fold["train"], settings=settings) for fold in fold_sizes]
+    planned = [
+        plan_rows(model, plan, num_images=fold["train"], settings=settings, l2_sp=recipe.l2_sp) for fold in fold_sizes
+    ]
     steps = [_steps(stages) for stages in planned]
     stages = planned[0]
     document: dict[str, Any] = {
@@ -87,6 +89,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         "weights": recipe.weights,
         "plan": plan.name,
         **asdict(settings),
+        "l2_sp": recipe.l2_sp,
         "metric": metric,
         "gate": {"gate": recipe.gate, "min_gain": recipe.min_gain, "on_reject": recipe.on_reject},
         "imbalance": balance.to_dict(),
@@ -95,7 +98,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         "stages": stages,
     }
     if recipe.cv is not None:
-        everything = plan_rows(model, plan, num_images=sizes["train"], settings=settings)
+        everything = plan_rows(model, plan, num_images=sizes["train"], settings=settings, l2_sp=recipe.l2_sp)
         document["cross_validation"] = {
             "folds": recipe.cv,
             "num_images": fold_sizes,
@@ -115,7 +118,12 @@ def _with_augmentation(plan: StagePlan, run: Any) -> StagePlan:
 
 
 def plan_rows(
-    model: TorchvisionForImageClassification, plan: StagePlan, *, num_images: int, settings: RunSettings
+    model: TorchvisionForImageClassification,
+    plan: StagePlan,
+    *,
+    num_images: int,
+    settings: RunSettings,
+    l2_sp: float | None = None,
 ) -> list[dict[str, Any]]:
     """Returns what each stage does, as plain data.
 
@@ -124,6 +132,7 @@ def plan_rows(
         plan: The plan with its defaults filled in.
         num_images: Number of training images. One process makes ceil(`num_images` / batch size) steps of an epoch.
         settings: What stages take from the run.
+        l2_sp: Pull towards the weights that the run begins with, in the place of weight decay of the backbone.
 
     Returns:
         For each stage its `name`, length (`epochs` is a fraction where the stage is counted in steps), `warmup_steps`,
@@ -135,11 +144,15 @@ def plan_rows(
     Raises:
         PlanError: a stage does not fit the model.
     """
-    return [_stage_row(model, stage, num_images, settings) for stage in plan.stages]
+    return [_stage_row(model, stage, num_images, settings, l2_sp) for stage in plan.stages]
 
 
 def _stage_row(
-    model: TorchvisionForImageClassification, stage: Stage, num_images: int, settings: RunSettings
+    model: TorchvisionForImageClassification,
+    stage: Stage,
+    num_images: int,
+    settings: RunSettings,
+    l2_sp: float | None,
 ) -> dict[str, Any]:
     own = {key: getattr(stage, key) for key in asdict(settings)}
     chosen = {key: run if own[key] is None else own[key] for key, run in asdict(settings).items()}
@@ -160,15 +173,19 @@ def _stage_row(
         "frozen_dropout": stage.frozen_dropout,
         "parameters": frozen.parameters,
         "trainable_parameters": frozen.trainable_parameters,
-        "groups": _group_rows(model, stage, policy, frozen.groups),
+        "groups": _group_rows(model, stage, policy, frozen.groups, l2_sp),
     }
 
 
 def _group_rows(
-    model: TorchvisionForImageClassification, stage: Stage, policy: BatchNormPolicy, frozen: tuple[str, ...]
+    model: TorchvisionForImageClassification,
+    stage: Stage,
+    policy: BatchNormPolicy,
+    frozen: tuple[str, ...],
+    l2_sp: float | None,
 ) -> list[dict[str, Any]]:
     groups = model.layer_groups()
-    in_optimizer = {entry["name"]: entry for entry in param_groups(model, groups, stage)}
+    in_optimizer = {entry["name"]: entry for entry in param_groups(model, groups, stage, l2_sp=l2_sp)}
     rows = []
     for name, group in groups.items():
         decayed, rest = (in_optimizer.get(f"{name}/{kind}") for kind in ("decay", "no_decay"))
@@ -250,7 +267,13 @@ def _print(
             [_cells(group) for group in stage["groups"]],
         )
     last = _fold_lines(document) if "cross_validation" in document else [_total_line(document)]
-    for line in (_frozen_line(plan), _gate_line(document), *on_imbalance, *last):
+    pulled = []
+    if document["l2_sp"] is not None:
+        pulled = [
+            f"L2-SP {document['l2_sp']:g}: in place of weight decay, the backbone's weights are pulled towards those "
+            "that training begins with."
+        ]
+    for line in (_frozen_line(plan), *pulled, _gate_line(document), *on_imbalance, *last):
         reporter.say(line)
 
 

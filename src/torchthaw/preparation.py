@@ -80,6 +80,7 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path, validates: 
             plan=recipe.stage_plan(),
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
+            l2_sp=recipe.l2_sp,
             augmentation=recipe.augmentation,
             per_device_train_batch_size=recipe.batch_size,
             per_device_eval_batch_size=recipe.batch_size,

@@ -108,6 +108,8 @@ class Recipe(_Section):
         learning_rate: Rate of a new head; rates that the plan leaves open move in proportion. None takes the default
             of the backbone's family, as do the next two.
         weight_decay: Decoupled weight decay of weights.
+        l2_sp: Strength of the pull of the backbone's weights towards those that training began with, in place of their
+            weight decay (L2-SP); null for none.
         augmentation: `none`, `light`, `medium`, `strong`, or its fields.
         image_size: Side of the square input, in pixels; None takes that of the weights.
         batch_size: Images per step and device.
@@ -164,6 +166,7 @@ class Recipe(_Section):
     stages: tuple[dict[str, Any], ...] | None = None
     learning_rate: float | None = Field(default=None, gt=0)
     weight_decay: float | None = Field(default=None, ge=0)
+    l2_sp: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     augmentation: str | dict[str, Any] | None = None
     image_size: int | None = Field(default=None, ge=16)
     batch_size: int = Field(default=32, ge=1)
@@ -390,6 +393,11 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
     if recipe.data.path is None and recipe.data.name is None:
         raise RecipeError(f"{where} names no data; pass --data FOLDER, or write data: {{path: FOLDER}}")
     _check_problem_type(recipe)
+    if recipe.l2_sp is not None and recipe.weights is None:
+        raise RecipeError(
+            f"{where} has l2_sp: {recipe.l2_sp:g}, which pulls towards pretrained weights, and weights: null; write "
+            "weights: DEFAULT, or leave l2_sp out"
+        )
     if recipe.cv is None and recipe.cv_final:
         raise RecipeError(f"{where} has cv_final without cv; write the number of folds, such as cv: 5, or leave it out")
     if recipe.cv is not None and not recipe.cv_final and recipe.push.repo is not None:

@@ -181,6 +181,17 @@ def own_heads(folder, batch_size):
     return staged(folder / "own heads", batch_size, plan=plan, model=new_model(seed=RANK))
 
 
+def pulled(folder, batch_size):
+    """Weights are pulled to where they began, over a border of stages and with accumulated gradients."""
+    plan = [
+        Stage("block", 1, epochs=2, learning_rate=5e-3),
+        Stage("all", "all", epochs=2, learning_rate=2e-3, layer_decay=0.5),
+    ]
+    return staged(
+        folder / f"pulled-{RANK}", batch_size // 2, plan=plan, gradient_accumulation_steps=2, gate="off", l2_sp=50.0
+    )
+
+
 def stream(folder, batch_size, **options):
     plan = [Stage(f"stage {steps}", "head", steps=steps, learning_rate=1e-2) for steps in STEPS_OF_STREAM]
     data = images(TRAINING_IMAGES, seed=1).to_iterable_dataset(num_shards=3).shuffle(seed=0, buffer_size=10)

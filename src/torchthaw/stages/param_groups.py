@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchthaw.errors import PlanError
 from torchthaw.stages.freezing import Group
 from torchthaw.stages.plan import Stage
+from torchthaw.stages.rates import HEAD
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 # Parameters of more than one dimension that stand for positions or tokens rather than for a linear map.
@@ -33,17 +34,21 @@ def is_decayed(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
     return not any(part in _EMBEDDING_NAMES + _SCALE_NAMES for part in parts)
 
 
-def param_groups(model: nn.Module, groups: Mapping[str, Group], stage: Stage) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, groups: Mapping[str, Group], stage: Stage, *, l2_sp: float | None = None
+) -> list[dict[str, Any]]:
     """Returns the optimizer groups of a stage, from the input to the head, decayed weights before the rest.
 
     Args:
         model: The model whose parameters the groups hold; only those that require a gradient are taken.
         groups: The model's layer groups, input to output.
         stage: Gives each group its peak learning rate, and the weight decay.
+        l2_sp: Strength of the pull towards the weights that the run began with (see `PullToStart`), which takes the
+            place of weight decay in all groups but the head; None for none.
 
     Returns:
         Groups as torch optimizers take them, each with `name` (such as `layer4/decay`), `layer_group`, `params`,
-        `lr` and `weight_decay`. Every trainable parameter is in exactly one.
+        `lr` and `weight_decay`, and `l2_sp` where weights are pulled. Every trainable parameter is in exactly one.
 
     Raises:
         PlanError: the stage leaves a live layer group without a rate, or nothing trains.
@@ -55,6 +60,8 @@ def param_groups(model: nn.Module, groups: Mapping[str, Group], stage: Stage) ->
         trainable = [(name, p) for name, p in groups[group_name].parameters.items() if p.requires_grad]
         for kind in ("decay", "no_decay"):
             chosen = [p for name, p in trainable if is_decayed(name, p, owners[id(p)]) == (kind == "decay")]
+            pulled = l2_sp is not None and kind == "decay" and group_name != HEAD
+            decay = (stage.weight_decay or 0.0) if kind == "decay" and not pulled else 0.0
             if chosen:
                 result.append(
                     {
@@ -62,7 +69,8 @@ def param_groups(model: nn.Module, groups: Mapping[str, Group], stage: Stage) ->
                         "layer_group": group_name,
                         "params": chosen,
                         "lr": rate,
-                        "weight_decay": (stage.weight_decay or 0.0) if kind == "decay" else 0.0,
+                        "weight_decay": decay,
+                        **({"l2_sp": l2_sp} if pulled else {}),
                     }
                 )
     if not result:

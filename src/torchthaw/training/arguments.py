@@ -1,6 +1,7 @@
 """Arguments of `ThawTrainer`: those of `Trainer`, with the defaults of fine-tuning and a stage plan."""
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,10 @@ class ThawTrainingArguments(TrainingArguments):
         min_gain: Least gain in the metric for which `best` and `significant` keep a stage.
         on_reject: Whether the run goes on with the next stage from the weights before a stage that was not kept
             (`continue`), or ends (`stop`).
+        l2_sp: Strength of the pull of the backbone's weights towards those that the run began with, which takes the
+            place of their weight decay; biases, norms and tokens are left alone, and the head is decayed as ever. It is
+            decoupled, as AdamW's weight decay, so that each step goes the share rate times strength of the way back;
+            see `PullToStart`. None for none.
         imbalance: `auto` chooses the next three by the number of training images of each class; see
             `torchthaw.training.imbalance.propose`. None and `off` leave them as they are.
         class_weights: Weight of each class in the training loss: `balanced` is n / (K n_c), `sqrt` is in proportion to
@@ -101,6 +106,7 @@ class ThawTrainingArguments(TrainingArguments):
     gate: str | None = None
     min_gain: float = 0.0
     on_reject: str = "continue"
+    l2_sp: float | None = None
     imbalance: str | None = None
     class_weights: ClassWeightsArgument = None
     sampling: str | None = None
@@ -157,6 +163,7 @@ class ThawTrainingArguments(TrainingArguments):
         self._settle_gate()
         self._check_imbalance()
         self._check_speed()
+        self._check_l2_sp()
         self._check_calibration()
         self.thresholds = checked_thresholds(self.thresholds)
         # The order of the images must be the run's own on resume, whatever else has drawn random numbers.
@@ -218,6 +225,10 @@ class ThawTrainingArguments(TrainingArguments):
             raise PlanError(
                 f"sampling is {self.sampling!r}, and train_sampling_strategy {strategy!r}; keep one of them"
             )
+
+    def _check_l2_sp(self) -> None:
+        if self.l2_sp is not None and not 0 < self.l2_sp < math.inf:
+            raise PlanError(f"l2_sp is {self.l2_sp!r}; write a positive number such as 0.01, or None for no pull")
 
     def _check_speed(self) -> None:
         if not self.cache_gb >= 0:

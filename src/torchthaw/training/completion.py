@@ -13,12 +13,15 @@ from torchthaw.data.augmentation import make_augmentation
 from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.stages.presets import family_defaults, fill_defaults
+from torchthaw.stages.rates import HEAD
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.datasets import length_of
 
 SGD_MOMENTUM = 0.9
 # Schedules that lower the rates when the validation metric stalls.
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+# Optimizers that step within the backward pass, or hold the weights elsewhere between steps.
+_WITHOUT_PULL = ("lomo", "layerwise", "schedule_free")
 
 
 def check_data(args: ThawTrainingArguments, dataset: Any) -> None:
@@ -68,6 +71,7 @@ def complete_arguments(args: ThawTrainingArguments, model: TorchvisionForImageCl
     plan.check_groups(list(model.layer_groups()))
     for stage in plan.stages:
         _check_stage(stage, model)
+        _check_pull(stage, args, list(model.layer_groups()))
         if stage.schedule in METRIC_SCHEDULES and args.eval_strategy == "no":
             raise PlanError(
                 f"stage {stage.name!r} has the schedule {stage.schedule}, which follows the validation metric, but "
@@ -125,6 +129,24 @@ def stage_arguments(args: ThawTrainingArguments, stage: Stage) -> Iterator[None]
     finally:
         for key, value in before.items():
             setattr(args, key, value)
+
+
+def _check_pull(stage: Stage, args: ThawTrainingArguments, groups: list[str]) -> None:
+    rates = [rate for name, rate in stage.learning_rates(groups).items() if name != HEAD]
+    if args.l2_sp is None or not rates:
+        return
+    if max(rates) * args.l2_sp > 1:
+        raise PlanError(
+            f"l2_sp is {args.l2_sp:g} and stage {stage.name!r} has a learning rate of {max(rates):g}: each step goes "
+            "their product of the way back to the weights that training began with, which must not be above 1; write "
+            f"l2_sp={0.1 / max(rates):.1g} or less"
+        )
+    optimizer = str(stage.optimizer or getattr(args.optim, "value", args.optim))
+    if any(kind in optimizer for kind in _WITHOUT_PULL):
+        raise PlanError(
+            f"stage {stage.name!r}: l2_sp acts on weights before each step of the optimizer, which {optimizer} does "
+            "not let it do; write another optimizer, such as adamw_torch, or leave l2_sp out"
+        )
 
 
 def _check_stage(stage: Stage, model: TorchvisionForImageClassification) -> None:

@@ -21,6 +21,7 @@ _ARGUMENTS = (
     "gradient_accumulation_steps",
     "max_grad_norm",
     "label_smoothing_factor",
+    "l2_sp",
     "imbalance",
     "class_weights",
     "sampling",

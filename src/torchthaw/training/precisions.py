@@ -16,7 +16,7 @@ from torchthaw.stages.plan import Stage
 from torchthaw.stages.snapshots import put_back, take_snapshot
 from torchthaw.training import processes
 from torchthaw.training.frozen_part import digest_of_weights
-from torchthaw.training.stage_pass import StagePassTrainer
+from torchthaw.training.starting_points import AnchoredTrainer
 
 # Below as many pixels through a part of the network in a stage, choosing a precision costs more than it can gain.
 _WORTH_MEASURING = 4_000_000
@@ -27,7 +27,7 @@ _PROBED = 8
 _DEFAULT_SIZE = 224
 
 
-class PrecisionTrainer(StagePassTrainer):
+class PrecisionTrainer(AnchoredTrainer):
     """Runs the forward passes of training in the precision that was chosen; validation as the saved model computes."""
 
     _live_dtype: torch.dtype | None = None

@@ -39,6 +39,9 @@ class StageCopyTrainer(StagedTrainer):
         super()._start_run(*args, **kwargs)
         self._progress.stage_index = self._index
 
+    def _note_start(self) -> None:
+        """Keeps the starting point of the trainer's own run, since a later stage's copy begins elsewhere."""
+
     def _plan_lengths(self) -> tuple[list[int], list[int]]:
         steps, epochs = super()._plan_lengths()
         steps[self._index] = self._length(steps[self._index])
@@ -110,6 +113,7 @@ def copy_for_stage(
     twin.model = twin.model_wrapped = model
     twin.optimizer = twin.lr_scheduler = None
     twin._index, twin._most_steps = index, steps
+    twin._start = trainer._take_start()
     twin._progress, twin._validated = Progress(run_id=""), {}
     twin._rows, twin._pictures, twin._store = {}, {}, None
     twin._form = twin._part = twin._validated_part = twin._live_dtype = None

@@ -199,7 +199,7 @@ class StagePassTrainer(ValidatingTrainer):
         if self.optimizer is None:
             stage = self.stage or self.plan.stages[0]
             kind, options = self.get_optimizer_cls_and_kwargs(optimizer_arguments(self.args, stage), self.model)
-            groups = param_groups(self.model, self.model.layer_groups(), stage)
+            groups = param_groups(self.model, self.model.layer_groups(), stage, l2_sp=self.args.l2_sp)
             self.optimizer = kind(groups, **{**options, **optimizer_options(stage)})
         return self.optimizer
 

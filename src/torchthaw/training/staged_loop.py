@@ -35,7 +35,7 @@ from torchthaw.training.datasets import length_of, stage_view
 from torchthaw.training.frozen_stages import FrozenPartTrainer
 from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.identity import identity_of
-from torchthaw.training.progress import Progress
+from torchthaw.training.progress import Progress, read_state
 from torchthaw.training.records import StageRecord
 from torchthaw.training.resume import (
     check_same_everywhere,
@@ -85,6 +85,8 @@ class StagedTrainer(FrozenPartTrainer):
         if resume_from_checkpoint:
             wanted = resume_from_checkpoint
             resume_from_checkpoint = processes.on_main(lambda: str(self._checkpoint_to_resume(wanted)))
+            # Now, since `Trainer` loads the checkpoint's weights before its loop.
+            self._find_start(read_state(Path(resume_from_checkpoint))["progress"].get("start_digest"))
         kept = tensors_kept_in_memory() if self.args.device.type == "cpu" else nullcontext()
         # Each stage begins with a collection of garbage, which need not look through all that was imported.
         # Who froze objects before keeps them frozen.
@@ -152,7 +154,8 @@ class StagedTrainer(FrozenPartTrainer):
         self._state_is_ready = checkpoint is not None
         self._last_checkpoint = None if checkpoint is None else checkpoint.resolve()
         if checkpoint is None:
-            self._progress = Progress(run_id=processes.share(new_run_id()))
+            self._note_start()
+            self._progress = Progress(run_id=processes.share(new_run_id()), start_digest=self._start_digest())
         else:
             self._progress = Progress.load(checkpoint)
             if self.args.should_save:
