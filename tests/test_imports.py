@@ -21,6 +21,7 @@ LAYERS = [
     {"recipe", "console"},
     {"auditing", "user_errors", "figure_tables"},
     {"data_preparation", "preparation"},
+    {"source_tasks"},
     {"single_run"},
     {"run_console"},
     {"cross_validation"},

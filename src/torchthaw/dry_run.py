@@ -18,6 +18,7 @@ from torchthaw.data_preparation import selection_metric
 from torchthaw.errors import WeightsError
 from torchthaw.preparation import check_model, training_arguments
 from torchthaw.recipe import Recipe
+from torchthaw.source_tasks import source_task
 from torchthaw.stages.freezing import batch_norms, freeze_for_stage, resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
@@ -60,6 +61,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         ThawError: something that the recipe names does not exist or fit.
     """
     check_model(recipe)
+    source_task(recipe)
     data = prepare_images(recipe, reporter, features=False)
     metric = selection_metric(recipe, data)
     settings = RunSettings(recipe.optimizer, recipe.batch_size, _image_size(recipe), recipe.max_grad_norm)

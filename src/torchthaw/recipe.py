@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from torchthaw.data.augmentation import make_augmentation
 from torchthaw.errors import RecipeError, ThawError, did_you_mean
 from torchthaw.sharing.card_options import CardOptions
 from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import make_plan
+from torchthaw.training.forgetting_settings import ForgettingRecipe, written_out
 from torchthaw.training.imbalance import ImbalanceSettings
 
 # The default of `load_image_dataset`, whose import takes long.
@@ -148,6 +149,8 @@ class Recipe(_Section):
             same up to rounding. Weights stay in float32.
         calibrate: What is done to the scores of the finished model: `none`, or `temperature`, which divides its logits
             in eval mode by what fits the validation images best (Guo et al., 2017); predictions stay as they are.
+        forgetting: Images of the task that the weights were pretrained for, by which is measured after training what
+            the backbone still knows of it: a folder or data set on the Hub, or the keys of `ForgettingRecipe`.
         seed: Seed of everything random.
         output: Folder of the results.
         card: What the model card says that no run can know: license, intended use ...; see `CardOptions`.
@@ -192,6 +195,7 @@ class Recipe(_Section):
     frozen_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     live_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     calibrate: Literal["none", "temperature"] = "none"
+    forgetting: Annotated[ForgettingRecipe | None, BeforeValidator(written_out)] = None
     seed: int = Field(default=0, ge=0)
     output: str | None = None
     card: CardOptions = CardOptions()
@@ -222,7 +226,12 @@ class Recipe(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"data": DataRecipe, "card": CardOptions, "push": PushRecipe}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataRecipe,
+    "forgetting": ForgettingRecipe,
+    "card": CardOptions,
+    "push": PushRecipe,
+}
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -393,11 +402,11 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
     if recipe.data.path is None and recipe.data.name is None:
         raise RecipeError(f"{where} names no data; pass --data FOLDER, or write data: {{path: FOLDER}}")
     _check_problem_type(recipe)
-    if recipe.l2_sp is not None and recipe.weights is None:
-        raise RecipeError(
-            f"{where} has l2_sp: {recipe.l2_sp:g}, which pulls towards pretrained weights, and weights: null; write "
-            "weights: DEFAULT, or leave l2_sp out"
-        )
+    for key, does in (("l2_sp", "pulls towards pretrained weights"), ("forgetting", "asks what these still know")):
+        if getattr(recipe, key) is not None and recipe.weights is None:
+            raise RecipeError(
+                f"{where} has {key}, which {does}, and weights: null; write weights: DEFAULT, or leave {key} out"
+            )
     if recipe.cv is None and recipe.cv_final:
         raise RecipeError(f"{where} has cv_final without cv; write the number of folds, such as cv: 5, or leave it out")
     if recipe.cv is not None and not recipe.cv_final and recipe.push.repo is not None:

@@ -25,6 +25,7 @@ from torchthaw.single_run import (
     write_audit,
     write_recipe,
 )
+from torchthaw.source_tasks import source_task
 from torchthaw.training import processes
 from torchthaw.training.resume import differences
 
@@ -90,6 +91,8 @@ def _run_recipe(
         _push(recipe, output, reporter)
         return json.loads((output / "results.json").read_text(encoding="utf-8"))
     check_model(recipe)
+    # Here, so that a mistake in it shows before all images are looked at.
+    source_task(recipe)
     _check_push(recipe)
     data = prepare_images(recipe, reporter)
     job = Job(recipe, data, selection_metric(recipe, data), output, command, resume, started, profile, recipe_file)

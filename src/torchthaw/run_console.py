@@ -80,6 +80,8 @@ def report(job: Job, results: Mapping[str, Any], reporter: Reporter) -> None:
     for split in ("validation", "test"):
         if split in results:
             reporter.say(f"{split}: {figures_line(results[split])}")
+    if "forgetting" in results:
+        reporter.say(forgetting_line(results["forgetting"]))
     for finding in results.get("diagnosis", ()):
         reporter.say(Finding(**finding).sentence)
     files = "the model, README.md (its card), report.html, results.json, plots/, predictions/"
@@ -98,6 +100,19 @@ def figures_line(figures: Mapping[str, Any]) -> str:
     return (
         f"{name} {figures[key]:.4f} (95 % interval {low:.3f} to {high:.3f}, {method}), "
         f"macro F1 {figures['macro_f1']:.4f}{more}, {figures['num_images']} images"
+    )
+
+
+def forgetting_line(found: Mapping[str, Any]) -> str:
+    """Writes in a line what the backbone still scores on its source task."""
+    what = f"forgetting: {found['data']} ({found['split']}, {found['num_images']} images)"
+    if "problem" in found:
+        return f"{what} could not be measured: {found['problem']}"
+    interval = found["interval"]
+    limits = "" if interval is None else f" (95 % interval {interval[0]:+.4f} to {interval[1]:+.4f})"
+    return (
+        f"{what} with the pretrained head: accuracy {found['before']['accuracy']:.4f} -> "
+        f"{found['after']['accuracy']:.4f}, {found['difference']:+.4f}{limits}"
     )
 
 

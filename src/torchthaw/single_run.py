@@ -16,6 +16,7 @@ from torchthaw.data_preparation import PreparedData
 from torchthaw.evaluation.files import replacing
 from torchthaw.preparation import build_model, training_arguments
 from torchthaw.recipe import Recipe
+from torchthaw.source_tasks import source_task
 from torchthaw.training import processes
 from torchthaw.training.callbacks import DiagnosisCallback
 from torchthaw.training.profiling import ProfileCallback
@@ -77,6 +78,7 @@ def make_trainer(job: Job) -> ThawTrainer:
     trainer.remove_callback(transformers.PrinterCallback)
     if job.data.audit is not None:
         trainer.suspicious_labels = job.data.audit.suspicious_labels
+    trainer.source_task = source_task(job.recipe)
     return trainer
 
 

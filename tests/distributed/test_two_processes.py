@@ -78,8 +78,8 @@ def two(tmp_path_factory):
     """Two processes, that run many scenarios and are killed in the last one."""
     folder = tmp_path_factory.mktemp("two")
     scenarios = [
-        "plain", "batch_norm", "weighted_draws", "pulled", "own_heads", "stream", "stream_read_by_each", "change_weight",
-        "change_frozen_weight", "freeze", "other_plan", "broken_image", "missing_checkpoint",
+        "plain", "batch_norm", "weighted_draws", "pulled", "own_heads", "stream", "stream_read_by_each",
+        "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image", "missing_checkpoint",
         "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
     ]  # fmt: skip
     return Reports(folder, start(2, WORKER, folder, 6, *scenarios))

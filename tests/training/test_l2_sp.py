@@ -211,7 +211,6 @@ def test_a_copy_for_a_range_test_pulls_to_the_start_of_the_run(make, untrained):
         elsewhere.backbone.conv1[0].weight.add_(1)
     twin = copy_for_stage(StageCopyTrainer, trainer, elsewhere, index=1, steps=2, on_step=lambda _: None)
     twin.run()
-    untouched = copy_for_stage(StageCopyTrainer, make(), elsewhere, index=1, steps=2, on_step=lambda _: None)
+    # Two steps of a rate of 3e-3 go 12 % of the way back.
     first = untrained.backbone.conv1[0].weight
-    assert (twin.model.backbone.conv1[0].weight - first).abs().max() < 0.95
-    assert untouched.distance_from_start()["groups"]["stem"] > 0.1
+    assert (twin.model.backbone.conv1[0].weight - first).abs().max() < 0.92

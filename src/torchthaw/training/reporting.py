@@ -3,10 +3,11 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.data.label_sets import label_counts
 from torchthaw.data.views import ImageView
 from torchthaw.evaluation.gallery import make_gallery
@@ -19,6 +20,7 @@ from torchthaw.sharing.report import write_report
 from torchthaw.training import processes
 from torchthaw.training.datasets import as_view
 from torchthaw.training.diagnosing import DiagnosingTrainer
+from torchthaw.training.forgetting import SourceTask
 from torchthaw.training.provenance import describe_recipe
 from torchthaw.training.results import (
     ProgressBars,
@@ -37,7 +39,14 @@ from torchthaw.training.results import (
 
 
 class ReportingTrainer(DiagnosingTrainer):
-    """Measures the weights that a run ends with, and writes what is to be known of them beside them."""
+    """Measures the weights that a run ends with, and writes what is to be known of them beside them.
+
+    Attributes:
+        source_task: Images of the task that the weights were pretrained for, by which `save_run` measures what was
+            forgotten of it; None does not.
+    """
+
+    source_task: SourceTask | None = None
 
     def save_run(
         self,
@@ -163,12 +172,27 @@ class ReportingTrainer(DiagnosingTrainer):
             **({"test_images": describe_images(digests)} if digests else {}),
             "recipe": {**describe_recipe(folder), **given.pop("recipe", {})},
             **({} if scaling is None else {"calibration": scaling.to_dict()}),
+            **self._against_start(progress),
             "gate": {"gate": self.args.gate, "min_gain": self.args.min_gain, "on_reject": self.args.on_reject},
             "stages": [record.to_dict() for record in records],
             "diagnosis": [finding.to_dict() for finding in self.diagnose()],
             "seconds_total": round(sum(record.seconds for record in records), 3),
             **given,
         }
+
+    def _against_start(self, progress: ProgressBars) -> dict[str, Any]:
+        """Returns how far the backbone is from where it began, and what it forgot if that was asked for."""
+        distance = self.distance_from_start()
+        found: dict[str, Any] = {} if distance is None else {"distance_from_start": distance}
+        if self.source_task is not None:
+            found["forgetting"] = self.source_task.measure(
+                self.model,
+                cast(TorchvisionImageProcessor, self.processing_class),
+                batch_size=self.args.per_device_eval_batch_size,
+                num_workers=self.args.dataloader_num_workers or 0,
+                progress=progress,
+            )
+        return found
 
     def _views(self, test: Any) -> dict[str, Any]:
         """Returns all images that there are by split."""
