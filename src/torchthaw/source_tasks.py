@@ -1,11 +1,15 @@
 """From a recipe's `forgetting` to images whose labels are outputs of the pretrained head."""
 
+from pathlib import Path
+
 from datasets import ClassLabel, Dataset
 
 from torchthaw.backbones.categories import Categories, categories_of
+from torchthaw.data.builtin import BUILTIN_PREFIX
 from torchthaw.data.grouping import NO_GROUPS
 from torchthaw.data.label_sets import class_names_of
 from torchthaw.data.source_classes import match_classes
+from torchthaw.data.sources import hub_name
 from torchthaw.data_preparation import load_data
 from torchthaw.errors import DataError, did_you_mean
 from torchthaw.recipe import DataRecipe, Recipe
@@ -46,7 +50,10 @@ def source_task(recipe: Recipe) -> SourceTask | None:
         raise DataError(
             f"forgetting: {asked.data} has no split {split!r}.{did_you_mean(split, splits)} It has {', '.join(splits)}"
         )
-    return SourceTask(_renumbered(splits[split], asked, categories), recipe.weights, asked.data, split)
+    images = _renumbered(splits[split], asked, categories)
+    # The folders above are of this machine only.
+    is_folder = hub_name(asked.data) is None and not asked.data.startswith(BUILTIN_PREFIX)
+    return SourceTask(images, recipe.weights, Path(asked.data).resolve().name if is_folder else asked.data, split)
 
 
 def _renumbered(images: Dataset, asked: ForgettingRecipe, categories: Categories) -> Dataset:

@@ -52,6 +52,8 @@ def categories_of(architecture: str, weights: str | PathLike[str] | WeightsEnum)
         config = TorchvisionConfig.from_pretrained(source)
     except OSError as error:
         raise WeightsError(f"Cannot read the classes of {description}: {first_line(error)}") from error
+    if config.architecture != architecture:
+        raise WeightsError(f"{description} holds a {config.architecture}, not a {architecture}.")
     if config.several_labels:
         raise WeightsError(f"{description} gives an image several labels, so that it has no class to be right with.")
     names = tuple(config.class_names)

@@ -50,22 +50,32 @@ def match_classes(
         )
     wanted = {name: str(given.get(name, name)) for name in names}
     table = _wordnet_table(list(wanted.values())) if imagenet else None
-    found = {name: _find(word, source_names, number, table) for name, word in wanted.items()}
+    known = {} if source_names is None else _by_plain_name(source_names)
+    found = {name: _find(word, source_names or (), known, number, table) for name, word in wanted.items()}
     missing = [name for name, index in found.items() if index is None]
     if missing:
         raise DataError(_explain(missing, wanted, source_names, number, imagenet, what, source))
     return [index for index in found.values() if index is not None]
 
 
-def _find(word: str, names: Sequence[str] | None, number: int, table: Mapping[str, int] | None) -> int | None:
-    if names is not None and word in names:
+def _find(
+    word: str, names: Sequence[str], known: Mapping[str, list[int]], number: int, table: Mapping[str, int] | None
+) -> int | None:
+    if word in names:
         return names.index(word)
-    alike = [index for index, name in enumerate(names or ()) if _plain(name) == _plain(word)]
+    alike = known.get(_plain(word), [])
     if len(alike) == 1:
         return alike[0]
     if word.isascii() and word.isdigit() and int(word) < number:
         return int(word)
     return None if table is None else table.get(word)
+
+
+def _by_plain_name(names: Sequence[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        found.setdefault(_plain(name), []).append(index)
+    return found
 
 
 def _plain(name: str) -> str:

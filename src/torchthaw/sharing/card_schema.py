@@ -159,6 +159,38 @@ class Calibration(_Part):
     brier: dict[str, BeforeAfter] = {}
 
 
+class Distance(_Part):
+    """How far the backbone is from the weights that training started from, as a share of their norm."""
+
+    backbone: float
+    groups: dict[str, float] = {}
+
+
+class Share(_Part):
+    """A share of images that are right."""
+
+    accuracy: float
+    interval: _Interval | None = None
+
+
+class Forgetting(_Part):
+    """What the backbone scored on its source task before and after training; `problem` says why it is not known."""
+
+    data: str
+    split: str | None = None
+    num_images: _Count
+    num_classes: _Count | None = None
+    left_out: _Count = 0
+    problem: str | None = None
+    before: Share | None = None
+    after: Share | None = None
+    difference: float | None = None
+    interval: _Interval | None = None
+    p_value: float | None = None
+    forgotten: _Count | None = None
+    gained: _Count | None = None
+
+
 class TestLook(_Part):
     """One time that the test images were measured: when, in UTC, and by which command."""
 
@@ -246,6 +278,8 @@ class Results(_Part):
     cross_validation: CrossValidation | None = None
     audit: Audit | None = None
     imbalance: Imbalance | None = None
+    distance_from_start: Distance | None = None
+    forgetting: Forgetting | None = None
 
     @property
     def measured(self) -> dict[str, SplitFigures]:

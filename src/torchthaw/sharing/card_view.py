@@ -17,6 +17,7 @@ from torchthaw.sharing.card_schema import (
     SplitFigures,
     StageResult,
 )
+from torchthaw.sharing.card_start import forgotten, moved
 from torchthaw.sharing.markdown import one_line, shell_command
 from torchthaw.sharing.markdown import without_absolute_paths as portable
 
@@ -105,6 +106,8 @@ def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str,
         "policies": {stage.batch_norm for stage in results.stages},
         "frozen": _frozen(results),
         "balancing": _balancing(results.imbalance) if results.imbalance else None,
+        "moved": moved(results.distance_from_start),
+        "forgetting": forgotten(results.forgetting),
         "classes": _classes(measured[reporting].per_class) if reporting else None,
         "plots": {name: PLOT_NAMES.get(name, _plain_name(name)) for name in _in_order(data.plots)},
         "weights_checked": data.weights_checked,

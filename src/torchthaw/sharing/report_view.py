@@ -60,7 +60,7 @@ def template_variables(
         for name in (
             "title", "config", "results", "data_name", "start", "image_size", "trained_on", "version", "most_frequent",
             "folds", "splits", "counts", "dropped", "dropped_more", "audit_findings", "audit_more", "balancing",
-            "command", "recipe", "environment", "uncertain", "cut_off",
+            "command", "recipe", "environment", "uncertain", "cut_off", "moved", "forgetting",
         )
     }  # fmt: skip
     return {

@@ -21,7 +21,7 @@ from torchthaw.training.results import ProgressBars, no_progress
 
 @dataclass(frozen=True)
 class SourceTask:
-    """Images of the task that weights were pretrained for. Training never sees them.
+    """Images of the task that weights were pretrained for; they are looked at when training is over.
 
     Attributes:
         images: Columns `image`, `path` and `label`, the number of the pretrained head's output.
