@@ -125,6 +125,12 @@ class Recipe(_Section):
         min_gain: Least gain in the metric for which `best` and `significant` keep a stage.
         on_reject: What follows when a stage is not kept: it is rolled back, and the run goes on with the next stage
             from the best weights so far (`continue`), or ends (`stop`).
+        average: Which average of each stage's weights is validated and kept: `none`; `ema`, the exponential moving
+            average over its steps; or `swa`, the equal mean at the ends of its last epochs. Stages may have their own.
+        ema_decay: Highest decay of `ema` per step; a stage's first steps have a lower one.
+        swa_epochs: How many of a stage's last epochs `swa` averages; null takes half of them, at least two.
+        wise_ft: Whether the best weights of a stage that trains more than the head are mixed with those before it, by
+            the share that validates best (WiSE-FT), before the gate decides.
         optimizer: Any `optim` of transformers; `sgd` comes with momentum 0.9. Stages may have their own, as well as
             their own `max_grad_norm`, `batch_size`, `image_size` and `augmentation`.
         max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off.
@@ -178,6 +184,10 @@ class Recipe(_Section):
     gate: Literal["best", "significant", "off"] = "best"
     min_gain: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     on_reject: Literal["continue", "stop"] = "continue"
+    average: Literal["none", "ema", "swa"] = "none"
+    ema_decay: float = Field(default=0.999, gt=0, lt=1)
+    swa_epochs: int | None = Field(default=None, ge=1)
+    wise_ft: bool = False
     optimizer: str = "adamw_torch_fused"
     max_grad_norm: float = Field(default=1.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -413,6 +423,11 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
         raise RecipeError(
             f"{where} asks for a cross-validation and a push to {recipe.push.repo}, but without a final model there is "
             "nothing to push; write cv_final: true, or leave push out"
+        )
+    if recipe.cv_final and recipe.wise_ft:
+        raise RecipeError(
+            f"{where} has wise_ft: true and cv_final: true, but the final model of a cross-validation has no "
+            "validation images to choose its mixtures by; leave one of them out"
         )
     if recipe.cv is not None and recipe.calibrate != "none":
         raise RecipeError(

@@ -8,7 +8,8 @@ from torch import nn
 
 from torchthaw import TorchvisionForImageClassification, TorchvisionImageProcessor
 from torchthaw.errors import SharingError, ThawError
-from torchthaw.sharing.soup import average_weights, greedy_soup, uniform_soup, wise_ft
+from torchthaw.sharing.soup import greedy_soup, uniform_soup, wise_ft
+from torchthaw.stages.averages import average_weights
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 CLASSES = ["ant", "bee", "cat"]

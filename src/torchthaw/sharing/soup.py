@@ -17,6 +17,7 @@ from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.errors import SharingError, ThawError
 from torchthaw.sharing.saved_models import load_saved, new_folder, write_json
+from torchthaw.stages.averages import average_weights, interpolate
 
 SOUP_FILE = "soup.json"
 # Shares of the fine-tuned weights; 0 and 1 are the two ends themselves.
@@ -66,27 +67,6 @@ class Soup:
             self.processor.save_pretrained(folder)
             write_json(folder / SOUP_FILE, described)
         return described
-
-
-def average_weights(states: Sequence[State], shares: Sequence[float]) -> dict[str, torch.Tensor]:
-    """Returns the weighted mean of state_dicts, tensor by tensor, computed in float64.
-
-    Statistics of BatchNorm are averaged like weights. Whole numbers, such as BatchNorm's count of batches, are the
-    first state's.
-
-    Args:
-        states: With the same names and shapes.
-        shares: One for each state; they sum to 1.
-    """
-    assert abs(sum(shares) - 1) < 1e-9, shares
-    average: dict[str, torch.Tensor] = {}
-    for name, first in states[0].items():
-        if first.is_floating_point():
-            total = sum(share * state[name].double() for state, share in zip(states, shares, strict=True))
-            average[name] = torch.as_tensor(total).to(first.dtype)
-        else:
-            average[name] = first.clone()
-    return average
 
 
 def uniform_soup(folders: Sequence[str | Path], score: Score) -> Soup:
@@ -172,15 +152,16 @@ def wise_ft(start: str | Path, tuned: str | Path, score: Score, alphas: Sequence
     calibrated = _drop_temperatures([tuned], [model])
     after = _copy(model)
     before = _start(start, model, tuned, processor)
-    steps = []
-    for alpha in sorted(set(alphas)):
-        model.load_state_dict(average_weights([after, before], [alpha, 1 - alpha]))
-        steps.append({"alpha": alpha, "score": _finite(score(model), f"the mixture of share {alpha}")})
-    best = max(steps, key=lambda step: (step["score"], step["alpha"]))
-    alpha = best["alpha"]
+
+    def measure(alpha: float, weights: dict[str, torch.Tensor]) -> float:
+        model.load_state_dict(weights)
+        return _finite(score(model), f"the mixture of share {alpha}")
+
+    alpha, scores = interpolate(before, after, alphas, measure)
     model.load_state_dict(average_weights([after, before], [alpha, 1 - alpha]))
+    steps = [{"alpha": share, "score": found} for share, found in scores.items()]
     shares = {str(start): round(1 - alpha, 12), str(tuned): alpha}
-    return Soup("wise-ft", model, processor, best["score"], steps, shares, calibrated)
+    return Soup("wise-ft", model, processor, scores[alpha], steps, shares, calibrated)
 
 
 def _start(

@@ -20,6 +20,7 @@ SCHEDULES = (
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "reduce_lr_on_plateau", "greedy",
 )  # fmt: skip
 ON_NAN = ("stop", "retry")
+AVERAGES = ("none", "ema", "swa")
 SMALLEST_IMAGE = 16
 
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -80,6 +81,8 @@ class Stage:
             more at a tenth of its rates.
         frozen_dropout: Whether dropout and stochastic depth stay active in frozen groups. By default frozen groups
             are in eval mode as a whole; otherwise only their BatchNorm modules are.
+        average: Which average of the stage's weights is validated and handed on: `none`, `ema` or `swa`. None takes the
+            run's.
 
     Raises:
         PlanError: a value is out of range or contradicts another.
@@ -106,6 +109,7 @@ class Stage:
     patience: int | None = None
     on_nan: Literal["stop", "retry"] = "stop"
     frozen_dropout: bool = False
+    average: Literal["none", "ema", "swa"] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name):
@@ -183,9 +187,14 @@ class Stage:
             raise self._fail("warmup", "write a share of the stage's steps below 1, or a whole number of steps")
 
     def _check_choices(self) -> None:
-        for key, choices in (("schedule", SCHEDULES), ("batch_norm", BATCH_NORM_POLICIES), ("on_nan", ON_NAN)):
+        for key, choices in (
+            ("schedule", SCHEDULES),
+            ("batch_norm", BATCH_NORM_POLICIES),
+            ("on_nan", ON_NAN),
+            ("average", AVERAGES),
+        ):
             value = getattr(self, key)
-            if value not in choices:
+            if value not in choices and not (key == "average" and value is None):
                 raise PlanError(
                     f"stage {self.name!r}: unknown {key} {value!r}.{did_you_mean(value, choices)} "
                     f"There are {', '.join(choices)}."

@@ -15,6 +15,7 @@ from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.evaluation.multilabel import PER_CLASS
 from torchthaw.evaluation.temperature import METHODS
 from torchthaw.stages.presets import PlanLike, make_plan
+from torchthaw.training.average_options import check_averages
 from torchthaw.training.gate import GATES
 from torchthaw.training.imbalance import ImbalanceSettings
 
@@ -70,6 +71,14 @@ class ThawTrainingArguments(TrainingArguments):
             place of their weight decay; biases, norms and tokens are left alone, and the head is decayed as ever. It is
             decoupled, as AdamW's weight decay, so that each step goes the share rate times strength of the way back;
             see `PullToStart`. None for none.
+        average: Which average of each stage's weights is validated, judged by the gate and handed on: `none`; `ema`,
+            the exponential moving average over its steps; or `swa`, the equal mean at the ends of its last epochs.
+            Stages may have their own. See `torchthaw.stages.averages.WeightAverage`.
+        ema_decay: Highest decay of `ema` per step; in a stage's first steps it is lower (see `ema_decay` there). The
+            default is that of Tarvainen and Valpola (NeurIPS 2017).
+        swa_epochs: How many of a stage's last epochs `swa` averages; None takes half of them, at least two.
+        wise_ft: Whether the best weights of a stage that trains more than the head are mixed with those before it, by
+            the share that validates best (WiSE-FT: Wortsman et al., CVPR 2022), before the gate decides.
         imbalance: `auto` chooses the next three by the number of training images of each class; see
             `torchthaw.training.imbalance.propose`. None and `off` leave them as they are.
         class_weights: Weight of each class in the training loss: `balanced` is n / (K n_c), `sqrt` is in proportion to
@@ -97,8 +106,9 @@ class ThawTrainingArguments(TrainingArguments):
 
     Raises:
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`, the gate is unknown or has no
-            validation to decide by, `calibrate` is unknown or has none to fit on, settings against imbalance contradict
-            each other, or FSDP or DeepSpeed is asked for.
+            validation to decide by, an average is unknown or its numbers are out of range, `wise_ft` has none to choose
+            by, `calibrate` is unknown or has none to fit on, settings against imbalance contradict each other, or FSDP
+            or DeepSpeed is asked for.
     """
 
     plan: PlanArgument = "staged"
@@ -107,6 +117,10 @@ class ThawTrainingArguments(TrainingArguments):
     min_gain: float = 0.0
     on_reject: str = "continue"
     l2_sp: float | None = None
+    average: str = "none"
+    ema_decay: float = 0.999
+    swa_epochs: int | None = None
+    wise_ft: bool = False
     imbalance: str | None = None
     class_weights: ClassWeightsArgument = None
     sampling: str | None = None
@@ -161,6 +175,7 @@ class ThawTrainingArguments(TrainingArguments):
             self.augmentation = self.augmentation.to_dict()
         make_augmentation(self.augmentation or "none")
         self._settle_gate()
+        check_averages(self, validates=self._validates())
         self._check_imbalance()
         self._check_speed()
         self._check_l2_sp()

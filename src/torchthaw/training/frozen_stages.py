@@ -46,8 +46,12 @@ class FrozenPartTrainer(PrecisionTrainer):
 
     # At a stage's start and end
 
-    def _speed_up(self) -> None:
-        """Begins to use what the stage keeps frozen; call it when the model is frozen, in training mode."""
+    def _speed_up(self, *, trains: bool = True) -> None:
+        """Begins to use what the stage keeps frozen; call it when the model is frozen, in training mode.
+
+        Args:
+            trains: Whether there are steps to come, and not only validations.
+        """
         assert self.stage is not None
         if self.args.torch_compile or self.args.n_gpu > 1:
             # Compiled models and DataParallel's replicas are made of the modules' own code.
@@ -56,6 +60,8 @@ class FrozenPartTrainer(PrecisionTrainer):
         self._find_part()
         border = None if self._part is None else self._part.border
         self._choose_live_dtype(border, self.stage, 0 if self._form is None else self._form.folded)
+        if not trains:
+            return
         rows = self._rows_of(self.train_dataset, "train")
         self.train_dataset = self._with_pictures(self.train_dataset) if rows is None else rows
         if self._finishes_batches() and isinstance(self.train_dataset, ImageView) and self.data_collator is collate:

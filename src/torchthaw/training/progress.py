@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchthaw.evaluation.files import replacing
+from torchthaw.stages.averages import WeightAverage
 from torchthaw.stages.snapshots import Snapshot
 from torchthaw.training.gate import Measured
 from torchthaw.training.records import StageRecord
@@ -69,6 +70,8 @@ class Progress:
         before: What the stage can change, as it was before it.
         kept: The validated weights that the stage started from; None if they were not validated.
         candidate: The best validated weights of this stage.
+        average: The running average of the stage's weights; None if there is none. In a checkpoint the averages are the
+            model's weights, and what training goes on from stands here.
     """
 
     run_id: str
@@ -100,6 +103,7 @@ class Progress:
     before: Snapshot = field(default_factory=dict)
     kept: Outcome | None = None
     candidate: Outcome | None = None
+    average: WeightAverage | None = None
 
     def start_stage(self, index: int, *, step: int, epoch: int) -> None:
         """Moves on to a stage, or back to its start."""
@@ -115,6 +119,7 @@ class Progress:
         self.frozen_part = {}
         self.live_dtype = None
         self.candidate = None
+        self.average = None
 
     def save(self, folder: Path, identity: dict[str, Any]) -> None:
         """Writes everything into a checkpoint's folder.
@@ -125,6 +130,9 @@ class Progress:
         """
         tensors = {f"before/{name}": tensor for name, tensor in self.before.items()}
         state = {key: value for key, value in vars(self).items() if key not in ("before", "kept", "candidate")}
+        if self.average is not None:
+            state["average"] = {key: getattr(self.average, key) for key in ("kind", "decay", "updates")}
+            tensors.update({f"trained/{name}": tensor for name, tensor in self.average.replaced.items()})
         state["records"] = [record.to_dict() for record in self.records]
         for key, outcome in (("kept", self.kept), ("candidate", self.candidate)):
             state[key] = None if outcome is None else _describe(outcome)
@@ -142,6 +150,8 @@ class Progress:
         state["records"] = [StageRecord(**record) for record in state["records"]]
         for key in ("kept", "candidate"):
             state[key] = None if state[key] is None else _outcome(state[key], _below(tensors, key))
+        if state["average"] is not None:
+            state["average"] = WeightAverage(**state["average"], replaced=_below(tensors, "trained"))
         return cls(before=_below(tensors, "before"), **state)
 
 

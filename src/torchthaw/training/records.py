@@ -38,6 +38,10 @@ class StageRecord:
         train_accuracy: `balanced_accuracy` of the stage's last weights on at most 200 training images without
             augmentation, and their `class_counts`; measured only where validation is no better than chance, which
             leaves open why.
+        average: Which average of weights the stage handed on: its `kind` (`ema` or `swa`), the `updates` that were made
+            to it, and with `ema` the `decay` of the last one; None where the weights were not averaged.
+        wise_ft: Where the stage's best weights were mixed with those before it: `alpha`, the share of the stage's, and
+            the validation `metric` of each share that was tried; `best_metric` and `comparison` are of the mixture.
     """
 
     name: str
@@ -63,6 +67,8 @@ class StageRecord:
     frozen_part: dict[str, Any] = field(default_factory=dict)
     live_dtype: str | None = None
     train_accuracy: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
+    wise_ft: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as plain data."""

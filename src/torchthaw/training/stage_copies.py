@@ -1,14 +1,11 @@
 """One stage of a run, run for itself on a copy of the model, so that the trainer stays what it is, bit for bit."""
 
 import copy
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-import numpy as np
-import torch
 from accelerate.state import GradientState
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -18,6 +15,7 @@ from torchthaw.errors import TrainingError
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.callbacks import StagedCallbackHandler, StageEndCallback
 from torchthaw.training.progress import Progress
+from torchthaw.training.random_states import random_states_kept
 from torchthaw.training.records import StageRecord
 from torchthaw.training.staged_loop import StagedTrainer
 
@@ -51,9 +49,12 @@ class StageCopyTrainer(StagedTrainer):
         """Returns the length of the stage in optimizer steps, given that by the plan."""
         return min(planned, self._most_steps)
 
-    def _leave_stage(self, failure: str | None) -> StageRecord | None:
+    def _leave_stage(self, failure: str | None, ignore_keys: list[str] | None = None) -> StageRecord | None:
         self.failure = failure
-        return super()._leave_stage(failure)
+        return super()._leave_stage(failure, ignore_keys)
+
+    def _average_kind(self) -> str:
+        return "none"
 
     def _move_on(self, record: StageRecord) -> bool:
         return False
@@ -133,19 +134,12 @@ def copy_for_stage(
 @contextmanager
 def surroundings_kept() -> Iterator[None]:
     """Puts back what a run changes outside of its trainer: the state of all random generators, and accelerate's."""
-    python, numpy = random.getstate(), np.random.get_state()
     gradients = copy.copy(GradientState._shared_state)
     references = list(gradients.get("dataloader_references", []))
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with torch.random.fork_rng(devices=devices):
+        with random_states_kept():
             yield
     finally:
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
-        random.setstate(python)
-        np.random.set_state(numpy)
         GradientState._shared_state.clear()
         GradientState._shared_state.update(gradients)
         if references:

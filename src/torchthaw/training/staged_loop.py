@@ -32,7 +32,6 @@ from torchthaw.training.callbacks import StagedCallbackHandler, StageEndCallback
 from torchthaw.training.checkpoints import prune, remove_incomplete, seal, step_of
 from torchthaw.training.completion import stage_arguments
 from torchthaw.training.datasets import length_of, stage_view
-from torchthaw.training.frozen_stages import FrozenPartTrainer
 from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.identity import identity_of
 from torchthaw.training.progress import Progress, read_state
@@ -46,13 +45,14 @@ from torchthaw.training.resume import (
     write_journal,
 )
 from torchthaw.training.stage_end import conclude
+from torchthaw.training.wise_ft import MixingTrainer, note_mixture
 
 logger = logging.getLogger(__name__)
 
 RETRY_FACTOR = 0.1
 
 
-class StagedTrainer(FrozenPartTrainer):
+class StagedTrainer(MixingTrainer):
     """Runs the stages of a plan as one run of `Trainer`; `ThawTrainer` adds what users pass and read."""
 
     callback_handler: StagedCallbackHandler
@@ -197,7 +197,7 @@ class StagedTrainer(FrozenPartTrainer):
                 # The checkpoint that the run is resumed from was the stage's last.
                 self.control = self.callback_handler.begin_run(self.args, self.state, self.control)
                 progress.loss_sum += progress.unlogged_loss
-            return self._leave_stage(failure)
+            return self._leave_stage(failure, options["ignore_keys_for_eval"])
 
     def _enter_stage(self) -> None:
         assert self.stage is not None
@@ -217,24 +217,29 @@ class StagedTrainer(FrozenPartTrainer):
         if not self._resumed and not progress.lower_rates:
             progress.before = take_snapshot(self.model, self._live_names)
             progress.fingerprints = frozen_fingerprints(self.model)
+        self._begin_average()
         self._prepare_checks()
         self._start_clock()
-        if not self._is_border():
-            self._speed_up()
+        if not self._is_border() or self._wants_mixture():
+            self._speed_up(trains=not self._is_border())
         self.control.should_training_stop = self.control.should_epoch_stop = False
         self.callback_handler.stage = self.stage
         self._name_stage()
 
-    def _leave_stage(self, failure: str | None) -> StageRecord | None:
+    def _leave_stage(self, failure: str | None, ignore_keys: list[str] | None = None) -> StageRecord | None:
         """Proves, decides and records; the model then holds the weights that the run goes on from."""
         assert self.stage is not None
         progress, stage = self._progress, self.stage
+        retries = failure is not None and stage.on_nan == "retry" and not progress.lower_rates
+        # On validation images as the stage has seen them, so before it slows down.
+        mixed = None if retries else self._mix(ignore_keys)
         self._slow_down()
+        self._end_average()
         processes.share_buffers(self.model)
         # First, so that all processes go on or none does.
         processes.check_equal_on_all(all_tensors(self.model), f"at the end of stage {stage.name!r}")
         check_unchanged(progress.fingerprints, self.model, stage.name)
-        if failure is not None and stage.on_nan == "retry" and not progress.lower_rates:
+        if failure is not None and retries:
             self._go_back_for_retry(failure)
             return None
         seconds = progress.stage_seconds + time.monotonic() - self._stage_started
@@ -245,6 +250,8 @@ class StagedTrainer(FrozenPartTrainer):
             clock=self._clock,
             train_accuracy=self._accuracy_on_training_images() if failure is None else None,
         )  # fmt: skip
+        record.average = self._describe_average()
+        note_mixture(record, mixed)
         self._name_best()
         self._write_journal(finished=False)
         self.callback_handler.stage_event(

@@ -21,6 +21,7 @@ from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import make_plan
 from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
+from torchthaw.training.average_options import check_averaged_stages
 from torchthaw.training.balanced_training import BalancedTrainer
 from torchthaw.training.completion import check_data, complete_arguments
 from torchthaw.training.datasets import as_view, length_of, stage_view
@@ -87,6 +88,7 @@ class ThawTrainer(BalancedTrainer):
                 "some off), or ThawTrainingArguments(eval_strategy='no', load_best_model_at_end=False)"
             )
         check_data(args, train_dataset)
+        check_averaged_stages(args, stream=train_dataset is not None and length_of(train_dataset) is None)
         if train_dataset is not None and length_of(train_dataset) is None:
             # Trainer asks for it where there is no length.
             args.max_steps = sum(stage.steps or 0 for stage in StagePlan.from_dict(cast(Any, args.plan)).stages)

@@ -1,0 +1,97 @@
+"""WiSE-FT at the end of stages: their best weights mixed with those before them, as far as validation likes it.
+
+Wortsman et al., "Robust fine-tuning of zero-shot models" (CVPR 2022). There the way begins at a zero-shot classifier;
+here at the weights before the stage, whose head an earlier stage has trained.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from torchthaw.evaluation.arrays import NonFiniteLogitsError
+from torchthaw.stages.averages import interpolate
+from torchthaw.stages.snapshots import put_back, take_snapshot
+from torchthaw.training import processes
+from torchthaw.training.averaging import AveragingTrainer
+from torchthaw.training.random_states import random_states_kept
+from torchthaw.training.records import StageRecord
+
+# Shares of the stage's best weights that are tried. Weights of the share 1 have been validated in the stage.
+ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+class MixingTrainer(AveragingTrainer):
+    """Lets a stage that trains more than the head propose the best mixture of its weights and those before it."""
+
+    def _wants_mixture(self) -> bool:
+        assert self.stage is not None
+        return self.args.wise_ft and not self.stage.trains_head_alone
+
+    def _mix(self, ignore_keys: list[str] | None) -> dict[str, Any] | None:
+        """Makes the best mixture what the stage proposes; of equal ones that with the most of the stage's weights.
+
+        Statistics of BatchNorm that the stage has trained are mixed as weights are, though those of a mixture are not
+        the mixture of those: such a mixture may score less than it could, but the stage's own weights are among those
+        that are compared.
+
+        Returns:
+            What a record says of it; None if there was nothing to mix.
+        """
+        progress = self._progress
+        candidate = progress.candidate
+        if not self._wants_mixture() or candidate is None or candidate.weights is None:
+            return None
+        outcomes = {1.0: candidate}
+        sign = 1.0 if self.args.greater_is_better else -1.0
+
+        def score(alpha: float, weights: dict[str, torch.Tensor]) -> float:
+            if alpha not in outcomes:
+                put_back(self.model, weights)
+                try:
+                    outcome = self._outcome(self._validate_quietly(ignore_keys))
+                except NonFiniteLogitsError:
+                    return math.nan
+                outcomes[alpha] = dataclasses.replace(outcome, step=candidate.step, weights=weights)
+            return sign * outcomes[alpha].measured.value
+
+        # What comes after must be the same if the run is resumed from the stage's last checkpoint.
+        last = take_snapshot(self.model, self._live_names)
+        with random_states_kept():
+            alpha, scores = interpolate(progress.before, candidate.weights, ALPHAS, score)
+        put_back(self.model, last)
+        alpha = processes.share(alpha)
+        progress.candidate = outcomes[alpha]
+        values = {f"{share:g}": sign * found if math.isfinite(found) else None for share, found in scores.items()}
+        return {"alpha": alpha, "metric": values}
+
+    def _validate_quietly(self, ignore_keys: list[str] | None) -> dict[str, float]:
+        """Validates the model's weights on all sets; callbacks and logs, which follow training, are not told."""
+        sets = self.eval_dataset
+        names = {f"eval_{name}": name for name in sets} if isinstance(sets, dict) else {"eval": None}
+        handler = self.callback_handler
+        callbacks, handler.callbacks = handler.callbacks, []
+        metrics: dict[str, float] = {}
+        try:
+            for prefix, name in names.items():
+                found = self.evaluation_loop(
+                    self.get_eval_dataloader(name),
+                    description="Evaluation",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    ignore_keys=ignore_keys,
+                    metric_key_prefix=prefix,
+                )
+                metrics.update(found.metrics or {})
+        finally:
+            handler.callbacks = callbacks
+        return metrics
+
+
+def note_mixture(record: StageRecord, mixed: dict[str, Any] | None) -> None:
+    """Writes into a stage's record what its mixture is."""
+    record.wise_ft = mixed
+    if mixed is not None and mixed["alpha"] != 1:
+        record.reason += (
+            f"; WiSE-FT took {100 * mixed['alpha']:g} % of the stage's weights and the rest of those before"
+        )
