@@ -166,6 +166,15 @@ def batch_norm(folder, batch_size):
     return staged(folder / "batch norm", batch_size, plan=plan, gate="off")
 
 
+def averaged(folder, batch_size):
+    plan = [
+        Stage("head", "head", epochs=2, learning_rate=1e-2, average="ema"),
+        Stage("block", 1, epochs=2, learning_rate=1e-3, average="swa"),
+        Stage("norms", 1, epochs=2, learning_rate=1e-3, average="swa", batch_norm="train"),
+    ]
+    return staged(folder / "averaged", batch_size, plan=plan, wise_ft=True)
+
+
 def weighted_draws(folder, batch_size):
     """Batches of the processes, and those whose gradients are accumulated, have other weights than each other."""
     plan = [Stage("one", "head", epochs=2, learning_rate=1e-2), Stage("two", "head", epochs=1, learning_rate=1e-2)]

@@ -78,7 +78,7 @@ def two(tmp_path_factory):
     """Two processes, that run many scenarios and are killed in the last one."""
     folder = tmp_path_factory.mktemp("two")
     scenarios = [
-        "plain", "batch_norm", "weighted_draws", "pulled", "own_heads", "stream", "stream_read_by_each",
+        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "own_heads", "stream", "stream_read_by_each",
         "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image", "missing_checkpoint",
         "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
     ]  # fmt: skip
@@ -90,7 +90,7 @@ def one(two, tmp_path_factory):
     """One process with twice the batch size, that also goes on with the run that was killed."""
     folder = tmp_path_factory.mktemp("one")
     shutil.copytree(two.folder / "killed", folder / "killed")
-    scenarios = ["plain", "weighted_draws", "pulled", "stream", "resumed_with_other_batches", "resumed"]
+    scenarios = ["plain", "averaged", "weighted_draws", "pulled", "stream", "resumed_with_other_batches", "resumed"]
     return Reports(folder, start(1, WORKER, folder, 12, *scenarios))
 
 
@@ -191,6 +191,20 @@ def test_each_image_of_a_stream_is_read_by_one_process(two, one, scenario):
     first, second = two.good(scenario)
     assert bit_equal(first["final"], second["final"])
     assert largest_difference(first["final"], one.good("stream")[0]["final"]) < WEIGHT_TOLERANCE
+
+
+def test_averages_and_mixtures_are_those_of_one_process(two, one):
+    """BatchNorm that trains sees other batches in one process, so that the last stage is only compared between two."""
+    first, second = two.good("averaged")
+    (alone,) = one.good("averaged")
+    for stage in range(3):
+        assert bit_equal(first["weights"][stage], second["weights"][stage])
+    for stage in range(2):
+        assert largest_difference(first["weights"][stage], alone["weights"][stage]) < WEIGHT_TOLERANCE
+    assert decisions(first) == decisions(second)
+    assert_close(decisions(first)[:2], decisions(alone)[:2], LOG_TOLERANCE)
+    assert [record["average"]["updates"] for record in alone["records"]] == [4, 2, 2]
+    assert [record["wise_ft"] is None for record in alone["records"]] == [True, False, False]
 
 
 def test_draws_by_class_and_weighted_losses_are_those_of_one_process(two, one):

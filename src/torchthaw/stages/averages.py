@@ -168,7 +168,8 @@ def live_batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def _statistics_of(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     return norm.running_mean, norm.running_var
 
 
