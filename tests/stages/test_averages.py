@@ -84,6 +84,20 @@ def test_averages_stand_in_the_model_for_a_while():
     assert average.replaced == {}
 
 
+def test_a_model_that_was_moved_since_is_still_averaged():
+    """As `accelerate` does it before the first step; on several processes on the CPU too."""
+    model = network()
+    average = WeightAverage("ema", 0.5)
+    average.begin(model, live_names(model))
+    for tensor in model.parameters():
+        tensor.data = tensor.data.clone()
+    model[1].running_mean = model[1].running_mean.clone()
+    before = {name: tensor.clone() for name, tensor in average.averages.items()}
+    list(moves(model, 1))
+    average.update()
+    assert [name for name in before if torch.equal(before[name], average.averages[name])] == []
+
+
 def test_statistics_are_those_of_all_images_whatever_the_batches():
     model = network().train()
     model[1].running_mean.fill_(7.0)

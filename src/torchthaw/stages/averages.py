@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torchthaw.stages.snapshots import Snapshot, all_tensors, put_back
 
 Tensors = Mapping[str, torch.Tensor]
-# An average, and the model's tensor of which it is one.
-_Pair = tuple[torch.Tensor, torch.Tensor]
+# Where a tensor of the model is: the parameters or buffers of its module, and its name there.
+_Place = tuple[dict[str, Any], str]
+# An average, and the place of that of which it is one.
+_Pair = tuple[torch.Tensor, dict[str, Any], str]
 
 
 def ema_decay(update: int, highest: float) -> float:
@@ -70,11 +73,13 @@ class WeightAverage:
         self.averages = {name: tensors[name].detach().clone() for name in names}
         put_back(model, self.replaced)
         self.replaced = {}
-        # Found once: a walk through all modules in each step would cost more than the average itself.
+        # Found once: a walk through all modules in each step would cost more than the average itself. By module, since
+        # wrapping a model for training may give it tensors of their own place in memory.
+        places = _places(model)
         copied = _statistics(model) if self.kind == "swa" else set()
         self._averaged, self._copied = {}, []
         for name, average in self.averages.items():
-            pair = (average, tensors[name].detach())
+            pair = (average, *places[name])
             if average.is_floating_point() and name not in copied:
                 self._averaged.setdefault(average.dtype, []).append(pair)
             else:
@@ -89,9 +94,10 @@ class WeightAverage:
         else:
             mean = get_swa_multi_avg_fn()
         for pairs in self._averaged.values():
-            mean([average for average, _ in pairs], [weights for _, weights in pairs], self.updates - 1)
-        for average, weights in self._copied:
-            average.copy_(weights)
+            averages = [average for average, _, _ in pairs]
+            mean(averages, [tensors[key] for _, tensors, key in pairs], self.updates - 1)
+        for average, tensors, key in self._copied:
+            average.copy_(tensors[key])
 
     @contextmanager
     def in_model(self, model: nn.Module) -> Iterator[None]:
@@ -179,6 +185,15 @@ def _statistics(model: nn.Module) -> set[str]:
         for path, module in model.named_modules()
         if isinstance(module, _BatchNorm)
         for name, _ in module.named_buffers(recurse=False)
+    }
+
+
+def _places(model: nn.Module) -> dict[str, _Place]:
+    return {
+        f"{path}.{key}" if path else key: (tensors, key)
+        for path, module in model.named_modules()
+        for tensors in (module._parameters, module._buffers)
+        for key in tensors
     }
 
 
