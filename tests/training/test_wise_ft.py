@@ -43,7 +43,7 @@ def untrained():
 def make(untrained, tmp_path):
     """Returns a function that makes the trainer of a run in a folder, `run` by default."""
 
-    def new_trainer(folder="run", *, several=False, sets=None, **options):
+    def new_trainer(folder="run", *, several=False, sets=None, dropout=False, **options):
         defaults = {
             "plan": PLAN, "per_device_train_batch_size": 4, "metric_for_best_model": "loss", "use_cpu": True,
             "save_total_limit": None, "disable_tqdm": True, "report_to": "none", "wise_ft": True,
@@ -61,6 +61,11 @@ def make(untrained, tmp_path):
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(Weights())
+        if dropout:
+            # The architecture has none, and nothing else that draws random numbers in a step.
+            trainer.model.backbone.fc.register_forward_pre_hook(
+                lambda head, inputs: F.dropout(inputs[0], p=0.3, training=head.training)
+            )
         return trainer
 
     return new_trainer
@@ -173,12 +178,14 @@ def test_a_run_that_is_interrupted_while_it_mixes_is_gone_on_with_exactly(make, 
             raise KeyboardInterrupt
         return compute_metrics(prediction)
 
-    plan = [*PLAN, Stage("again", "head", epochs=1, learning_rate=1e-3)]
-    expected, broken = make("whole", plan=plan), make(plan=plan, compute_metrics=breaking)
+    plan = [*PLAN, Stage("again", "head", epochs=1, learning_rate=1e-2)]
+    expected = make("whole", plan=plan, dropout=True)
     expected.train()
+    # Made only now, since that sets the seed.
+    broken = make(plan=plan, dropout=True, compute_metrics=breaking)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
-    trainer = make(plan=plan)
+    trainer = make(plan=plan, dropout=True)
     trainer.train(resume_from_checkpoint=True)
     weights, wanted = copied(trainer.model), copied(expected.model)
     assert [name for name in wanted if not torch.equal(weights[name], wanted[name])] == []
