@@ -35,6 +35,20 @@ app = typer.Typer(
 )
 
 
+class Tta(str, Enum):
+    """Views over which predictions are averaged."""
+
+    none = "none"
+    flip = "flip"
+    five_crop = "five_crop"
+    ten_crop = "ten_crop"
+
+
+TtaOption = Annotated[
+    Tta, typer.Option(help="Test-time augmentation: average over the image's mirror image, crops, or both.")
+]
+
+
 class SplitUnit(str, Enum):
     """What a cut keeps apart."""
 
@@ -219,6 +233,7 @@ def evaluate(
     again: Annotated[
         bool, typer.Option("--again", help="Measure the test images of the run once more; it is recorded.")
     ] = False,
+    tta: TtaOption = Tta.none,
     per_class: Annotated[bool, typer.Option("--per-class", help="Show precision, recall and F1 by class.")] = False,
     confusion: Annotated[bool, typer.Option("--confusion", help="Show which classes are taken for which.")] = False,
     as_json: JsonOption = False,
@@ -240,6 +255,7 @@ def evaluate(
         group=group,
         batch_size=batch_size,
         again=again,
+        tta=tta.value,
         command=shlex.join(["torchthaw", *sys.argv[1:]]),
         reporter=Reporter(quiet=quiet),
     )
@@ -254,6 +270,7 @@ def predict(
     model: Annotated[str, typer.Argument(help="A folder or Hub repository that torchthaw saved.")],
     paths: Annotated[list[str], typer.Argument(help="Images, and folders of images.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    tta: TtaOption = Tta.none,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -262,7 +279,7 @@ def predict(
     from torchthaw.use import predict_paths
 
     reporter = Reporter(quiet=quiet)
-    predictions = predict_paths(model, paths, batch_size=batch_size, reporter=reporter)
+    predictions = predict_paths(model, paths, batch_size=batch_size, tta=tta.value, reporter=reporter)
     if as_json:
         _print_json(predictions)
         return

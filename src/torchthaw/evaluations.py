@@ -18,12 +18,12 @@ from torchthaw.data.images import check_images
 from torchthaw.data.views import ImageView
 from torchthaw.data_preparation import load_data
 from torchthaw.errors import DataError, SharingError, did_you_mean
-from torchthaw.evaluation.inference import predict_logits
+from torchthaw.evaluation.augmented_predictions import predict_augmented
 from torchthaw.evaluation.looks import count_test_images, describe_look, digests_of, read_digests
-from torchthaw.evaluation.multilabel_measuring import figures_of
 from torchthaw.recipe import DataRecipe, load_recipe
 from torchthaw.sharing.card import write_card
 from torchthaw.sharing.report import REPORT_FILE, write_report
+from torchthaw.training.augmented_figures import AugmentedFigures
 from torchthaw.training.results import RESULTS_FILE, read_results, write_results
 from torchthaw.use import load_on_device
 
@@ -36,6 +36,7 @@ def evaluate_saved(
     group: str | None = None,
     batch_size: int = 32,
     again: bool = False,
+    tta: str = "none",
     command: str | None = None,
     reporter: Reporter,
 ) -> dict[str, Any]:
@@ -49,17 +50,20 @@ def evaluate_saved(
             The run's own images have the groups of its recipe.
         batch_size: Images at once.
         again: Whether to go on if these are the run's test images, and to record that in its `results.json`.
+        tta: Test-time augmentation, as in a recipe; the figures are then with it.
         command: The command line, for the record.
         reporter: Where messages go.
 
     Returns:
         What `classification_metrics` (or `multilabel_metrics`) gives, with `model`, `data` and `split`; `temperature`
-        where scores are calibrated; and `test_reads`, how often they were measured, where these are the run's test
+        where scores are calibrated; `tta` with `method`, `views` and the paired `differences` from the plain scores, by
+        metric, where it was asked for; and `test_reads`, how often they were measured, where these are the run's test
         images.
 
     Raises:
         DataError: the data has no such split, or a class that the model does not know; or they are the run's test
             images, and `again` is not given, or the folder cannot be written to; or `group` is given without `data`.
+        PlanError: the model's image processor leaves nothing to crop for `tta`.
     """
     model, processor = load_on_device(source)
     names = model.config.class_names
@@ -72,10 +76,17 @@ def evaluate_saved(
         _check_look(source, f"{data or 'the data'} ({split})", len(images), found, again)
     checked, _ = check_images(images, progress=reporter.draws)
     with reporter.progress(f"evaluating {split}", len(checked)) as bar:
-        logits = predict_logits(model, ImageView(checked, processor), batch_size=batch_size, on_progress=bar.update)
+        logits, labels = predict_augmented(
+            model, ImageView(checked, processor), tta, batch_size=batch_size, on_progress=bar.update
+        )
     config = model.config
-    figures = figures_of(checked, logits, names, several=config.several_labels, thresholds=config.thresholds)
+    augmented = AugmentedFigures(tta, names, several_labels=config.several_labels, thresholds=config.thresholds)
+    groups = checked["group"][:] if "group" in checked.column_names else None
+    figures = augmented.measure(split, logits, labels, groups, compared=tta != "none")
     document = {"model": source, "data": data, "split": split, **figures}
+    if tta != "none":
+        described = augmented.to_dict()
+        document["tta"] = {key: value for key, value in described.items() if key != split}
     if model.config.temperature != 1:
         document["temperature"] = model.config.temperature
     if found:

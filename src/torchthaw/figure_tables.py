@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from torchthaw.console import printable
+from torchthaw.training.augmented_figures import difference_line
 
 _WIDTH_OF_FILES = 200
 _INTERVALS = {"map": "map_interval", "accuracy": "accuracy_interval", "macro_f1": "macro_f1_interval"}
@@ -56,6 +57,9 @@ def show_figures(figures: Mapping[str, Any], *, per_class: bool = False, confusi
         table.add_row(name, "-" if value is None else f"{value:.4f}", interval)
     console.print(table)
     console.print(f"Intervals: {figures['interval_method']}.")
+    if "tta" in figures:
+        for metric in figures["tta"]["differences"]:
+            console.print(f"Without and with test-time augmentation: {difference_line(figures['tta'], metric)}.")
     if "map" in figures:
         console.print(_label_sets(figures["per_class"]))
     elif per_class:

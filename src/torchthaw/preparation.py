@@ -111,6 +111,7 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path, validates: 
             live_precision=recipe.live_precision,
             calibrate=recipe.calibrate,
             thresholds=recipe.thresholds,
+            tta=recipe.tta,
             seed=recipe.seed,
             # Without being told, accelerate leaves several processes on CPUs to themselves.
             use_cpu=best_device().type == "cpu",

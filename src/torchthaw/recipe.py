@@ -157,6 +157,9 @@ class Recipe(_Section):
             in eval mode by what fits the validation images best (Guo et al., 2017); predictions stay as they are.
         forgetting: Images of the task that the weights were pretrained for, by which is measured after training what
             the backbone still knows of it: a folder or data set on the Hub, or the keys of `ForgettingRecipe`.
+        tta: Test-time augmentation that is measured beside the plain scores: the mean prediction over an image and its
+            mirror image (`flip`), over its centre and four corners (`five_crop`), over these and their mirror images
+            (`ten_crop`), or `none`. It is no part of the saved model: `predict` and `evaluate` have `--tta`.
         seed: Seed of everything random.
         output: Folder of the results.
         card: What the model card says that no run can know: license, intended use ...; see `CardOptions`.
@@ -206,6 +209,7 @@ class Recipe(_Section):
     live_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     calibrate: Literal["none", "temperature"] = "none"
     forgetting: Annotated[ForgettingRecipe | None, BeforeValidator(written_out)] = None
+    tta: Literal["none", "flip", "five_crop", "ten_crop"] = "none"
     seed: int = Field(default=0, ge=0)
     output: str | None = None
     card: CardOptions = CardOptions()

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from torchthaw.console import Reporter
 from torchthaw.single_run import Job
+from torchthaw.training.augmented_figures import difference_line
 from torchthaw.training.diagnosis import Finding
 from torchthaw.training.trainer import ThawTrainer
 
@@ -82,6 +83,8 @@ def report(job: Job, results: Mapping[str, Any], reporter: Reporter) -> None:
             reporter.say(f"{split}: {figures_line(results[split])}")
     if "forgetting" in results:
         reporter.say(forgetting_line(results["forgetting"]))
+    if "differences" in results.get("tta", {}):
+        reporter.say(f"validation: {difference_line(results['tta'], results['metric'])}; --tta in predict and evaluate")
     for finding in results.get("diagnosis", ()):
         reporter.say(Finding(**finding).sentence)
     files = "the model, README.md (its card), report.html, results.json, plots/, predictions/"

@@ -17,7 +17,8 @@ from torchthaw.console import Reporter, hide_loading_bars
 from torchthaw.data.images import check_images, image_extensions
 from torchthaw.data.views import ImageView
 from torchthaw.errors import DataError, ThawError, did_you_mean
-from torchthaw.evaluation.inference import best_device, predict_logits
+from torchthaw.evaluation.augmented_predictions import mean_prediction, predict_augmented
+from torchthaw.evaluation.inference import best_device
 from torchthaw.evaluation.multilabel_figures import THRESHOLD, decide
 from torchthaw.sharing.saved_models import load_saved
 
@@ -35,9 +36,16 @@ def load_on_device(source: str) -> tuple[TorchvisionForImageClassification, Torc
 
 
 def predict_paths(
-    source: str, paths: Sequence[str], *, batch_size: int = 32, reporter: Reporter
+    source: str, paths: Sequence[str], *, batch_size: int = 32, tta: str = "none", reporter: Reporter
 ) -> list[dict[str, Any]]:
     """Labels image files, and all images below folders.
+
+    Args:
+        source: A folder or Hub repository that torchthaw saved.
+        paths: Files and folders.
+        batch_size: Images at once.
+        tta: Test-time augmentation, as in a recipe.
+        reporter: Where messages go.
 
     Returns:
         For each image `path`, `predicted`, its `score`, and `scores` of all classes. Of a model of several labels per
@@ -46,6 +54,7 @@ def predict_paths(
 
     Raises:
         DataError: a path does not exist, there are no images, or some cannot be read.
+        PlanError: the model's image processor leaves nothing to crop for `tta`.
     """
     files = _image_files(paths)
     model, processor = load_on_device(source)
@@ -54,7 +63,10 @@ def predict_paths(
     features = Features(image=Image(decode=False), label=ClassLabel(names=names), path=Value("string"))
     images, _ = check_images(Dataset.from_dict(columns, features=features), progress=reporter.draws)
     with reporter.progress("predicting", len(images)) as bar:
-        logits = predict_logits(model, ImageView(images, processor), batch_size=batch_size, on_progress=bar.update)
+        views, _ = predict_augmented(
+            model, ImageView(images, processor), tta, batch_size=batch_size, on_progress=bar.update
+        )
+    logits = mean_prediction(views, several_labels=model.config.several_labels)
     if model.config.several_labels:
         return _predicted_sets(files, logits, names, model.config.thresholds)
     scores = torch.from_numpy(logits).softmax(-1).tolist()

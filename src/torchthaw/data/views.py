@@ -197,6 +197,10 @@ class ImageView(torch.utils.data.Dataset[dict[str, Tensor]]):
         """Returns the image of a row as it is in the data set: a path, or a dictionary of bytes and path."""
         return self._images[row]["image"] if self._files is None else self._files[row]
 
+    def label(self, row: int) -> Tensor:
+        """Returns the label of a row, or where images may have several a 0 or 1 for each class; nothing is decoded."""
+        return torch.tensor(self._labels[row])
+
     @property
     def _mixes(self) -> bool:
         return self.augmentation is not None and self.augmentation.mixes

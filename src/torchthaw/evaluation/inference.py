@@ -1,6 +1,6 @@
 """Logits of a model on images: the one path by which saved models are evaluated and used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,7 +36,6 @@ def predict_logits(
     return predict_split(model, view, batch_size=batch_size, num_workers=num_workers, on_progress=on_progress)[0]
 
 
-@torch.inference_mode()
 def predict_split(
     model: nn.Module,
     view: Dataset[Any],
@@ -59,6 +58,43 @@ def predict_split(
     Returns:
         Float32 logits of shape (images, classes), and labels of shape (images,).
     """
+    logits, labels = predict_looks(
+        model,
+        view,
+        lambda pixels: [pixels],
+        batch_size=batch_size,
+        num_workers=num_workers,
+        on_progress=on_progress,
+        collate_fn=collate_fn,
+    )
+    return logits[0], labels
+
+
+@torch.inference_mode()
+def predict_looks(
+    model: nn.Module,
+    view: Dataset[Any],
+    looks: Callable[[torch.Tensor], Iterable[torch.Tensor]],
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+    collate_fn: Callable[[list[Any]], dict[str, Any]] = collate,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the logits of every image as often as it is looked at; otherwise as `predict_split`.
+
+    Args:
+        model: See there, as for what is not named here.
+        view: Gives `pixel_values` and `labels`.
+        looks: From the `pixel_values` of a batch to batches for the model, one for each look.
+        batch_size: Images at once, each look by itself.
+        num_workers: See there.
+        on_progress: See there.
+        collate_fn: See there.
+
+    Returns:
+        Float32 logits of shape (looks, images, classes), and labels of shape (images,).
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -67,10 +103,11 @@ def predict_split(
     done = 0
     with tensors_kept_in_memory() if device.type == "cpu" else nullcontext():
         for batch in DataLoader(view, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_fn):
-            logits.append(model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu())
+            pixels = batch["pixel_values"].to(device)
+            logits.append(torch.stack([model(pixel_values=look).logits.float().cpu() for look in looks(pixels)]))
             labels.append(torch.as_tensor(batch["labels"]).cpu())
-            done += len(logits[-1])
+            done += len(labels[-1])
             if on_progress is not None:
                 on_progress(done)
     model.train(was_training)
-    return torch.cat(logits).numpy(), torch.cat(labels).numpy()
+    return torch.cat(logits, dim=1).numpy(), torch.cat(labels).numpy()

@@ -8,15 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from datasets import Dataset
 from scipy.special import expit
 
-from torchthaw.data.label_sets import multi_hot
 from torchthaw.errors import DataError
 from torchthaw.evaluation.arrays import as_class_names, as_logits
 from torchthaw.evaluation.drawing import BLUE, SKY, drawable, new_figure, save
 from torchthaw.evaluation.files import replacing
-from torchthaw.evaluation.metrics import classification_metrics
 from torchthaw.evaluation.multilabel import as_label_table, multilabel_metrics
 from torchthaw.evaluation.multilabel_figures import THRESHOLD, decide
 
@@ -56,33 +53,6 @@ def measure_label_sets(
         write_label_sets(file, paths, labels, logits, class_names, thresholds=thresholds)
     plot_average_precision(figures["per_class"], folder / "plots" / f"average_precision_{split}.png")
     return figures
-
-
-def figures_of(
-    images: Dataset,
-    logits: np.ndarray,
-    class_names: Sequence[str],
-    *,
-    several: bool,
-    thresholds: Sequence[float] | None = None,
-) -> dict[str, Any]:
-    """Measures the logits of a split, whether its images have one label each or several.
-
-    Args:
-        images: With the column `label`, and `group` where groups are known, as `load_image_dataset` gives them.
-        logits: Shape (images, classes).
-        class_names: In the order of the logits.
-        several: Whether images may have several labels.
-        thresholds: As for `measure_label_sets`.
-
-    Returns:
-        What `multilabel_metrics` or `classification_metrics` gives.
-    """
-    labels, groups = images["label"][:], images["group"][:] if "group" in images.column_names else None
-    if not several:
-        return classification_metrics(logits, np.asarray(labels), class_names, groups=groups)
-    flags = multi_hot(labels, len(class_names))
-    return multilabel_metrics(logits, flags, class_names, thresholds=thresholds, groups=groups)
 
 
 def write_label_sets(

@@ -191,6 +191,16 @@ class Forgetting(_Part):
     gained: _Count | None = None
 
 
+class TestTimeAugmentation(_Part):
+    """Figures of each split with test-time augmentation, and paired differences from those without, by metric."""
+
+    method: str
+    views: _Count
+    validation: SplitFigures | None = None
+    test: SplitFigures | None = None
+    differences: dict[str, Comparison] = {}
+
+
 class TestLook(_Part):
     """One time that the test images were measured: when, in UTC, and by which command."""
 
@@ -275,6 +285,7 @@ class Results(_Part):
     emissions_kg: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     emissions_source: str = "codecarbon"
     calibration: Calibration | None = None
+    tta: TestTimeAugmentation | None = None
     cross_validation: CrossValidation | None = None
     audit: Audit | None = None
     imbalance: Imbalance | None = None

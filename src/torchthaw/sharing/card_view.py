@@ -89,6 +89,7 @@ def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str,
         "headline": _headline(measured),
         "metrics": _metrics(measured),
         "calibration": _calibration(results.calibration) if results.calibration else None,
+        "augmented": _augmented(results),
         "folds": _folds(results.cross_validation) if results.cross_validation else None,
         "most_frequent": _most_frequent(measured[reporting]) if reporting and not data.config.several_labels else None,
         "uncertain": {split: figures for split, figures in measured.items() if _is_uncertain(figures)},
@@ -286,6 +287,23 @@ def _calibration(calibration: Calibration) -> Table | None:
         if calibration.problem is None
     ]
     return _table(["split", "metric", "before", "after", "cross-fitted"], rows)
+
+
+def _augmented(results: Results) -> Table | None:
+    """Shows the figures of each split without and with test-time augmentation."""
+    augmented = results.tta
+    if augmented is None:
+        return None
+    pairs = {"validation": (results.validation, augmented.validation), "test": (results.test, augmented.test)}
+    rows = []
+    for split, (plain, mean) in pairs.items():
+        for key, name in METRIC_NAMES.items():
+            if plain is None or mean is None or getattr(plain, key) is None or getattr(mean, key) is None:
+                continue
+            made = augmented.differences.get(key) if split == "validation" else None
+            difference = NONE if made is None else _difference(made.difference, made.interval)
+            rows.append([split, name, figure(getattr(plain, key)), figure(getattr(mean, key)), difference])
+    return _table(["split", "metric", "without", "with", "difference"], rows)
 
 
 def _folds(crossed: CrossValidation) -> Table | None:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from torchthaw.data.augmentation import Augmentation, make_augmentation
 from torchthaw.errors import PlanError, did_you_mean
+from torchthaw.evaluation.augmented_predictions import check_test_time_augmentation
 from torchthaw.evaluation.multilabel import PER_CLASS
 from torchthaw.evaluation.temperature import METHODS
 from torchthaw.stages.presets import PlanLike, make_plan
@@ -103,12 +104,14 @@ class ThawTrainingArguments(TrainingArguments):
         thresholds: Where images may have several labels: the probability from which on an image is given a class, the
             same for all; or `per_class`, by which those with the best F1 on the validation images are chosen in the
             end and stored in the model's configuration.
+        tta: Test-time augmentation that `save_run` measures beside the plain scores: `none`, `flip`, `five_crop` or
+            `ten_crop` (see `predict_augmented`). Training, what it chooses by and what is saved never see it.
 
     Raises:
         PlanError: the plan is unknown or contradicts `num_train_epochs` or `max_steps`, the gate is unknown or has no
             validation to decide by, an average is unknown or its numbers are out of range, `wise_ft` has none to choose
-            by, `calibrate` is unknown or has none to fit on, settings against imbalance contradict each other, or FSDP
-            or DeepSpeed is asked for.
+            by, `calibrate` or `tta` is unknown, the former has no validation to fit on, settings against imbalance
+            contradict each other, or FSDP or DeepSpeed is asked for.
     """
 
     plan: PlanArgument = "staged"
@@ -132,6 +135,7 @@ class ThawTrainingArguments(TrainingArguments):
     live_precision: str = "auto"
     calibrate: str = "none"
     thresholds: ThresholdsArgument = 0.5
+    tta: str = "none"
     num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
@@ -181,6 +185,7 @@ class ThawTrainingArguments(TrainingArguments):
         self._check_l2_sp()
         self._check_calibration()
         self.thresholds = checked_thresholds(self.thresholds)
+        check_test_time_augmentation(self.tta, None)
         # The order of the images must be the run's own on resume, whatever else has drawn random numbers.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         if self.accelerator_config is None and torch.cuda.is_available():

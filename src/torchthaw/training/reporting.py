@@ -10,6 +10,7 @@ import numpy as np
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.data.label_sets import label_counts
 from torchthaw.data.views import ImageView
+from torchthaw.evaluation.augmented_predictions import check_test_time_augmentation
 from torchthaw.evaluation.gallery import make_gallery
 from torchthaw.evaluation.inference import predict_split
 from torchthaw.evaluation.looks import describe_images, describe_look, digests_of, write_digests
@@ -18,6 +19,7 @@ from torchthaw.evaluation.temperature import TemperatureScaling
 from torchthaw.sharing.card import write_card
 from torchthaw.sharing.report import write_report
 from torchthaw.training import processes
+from torchthaw.training.augmented_figures import AugmentedFigures
 from torchthaw.training.datasets import as_view
 from torchthaw.training.diagnosing import DiagnosingTrainer
 from torchthaw.training.forgetting import SourceTask
@@ -77,9 +79,11 @@ class ReportingTrainer(DiagnosingTrainer):
 
         Raises:
             SavedModelError: the folder gives something else than what was measured.
+            PlanError: test-time augmentation by crops is asked for, and the test images cannot be cropped.
         """
         target = Path(folder or str(self.args.output_dir))
         test = as_view(test_dataset, self.model, self.processing_class, self.args, train=False)
+        check_test_time_augmentation(self.args.tta, test)
         results = processes.on_main(lambda: self._save_run(target, test, facts or {}, prove, progress, started))
         if "calibration" in results:
             self.model.config.temperature = results["calibration"]["temperature"]
@@ -135,6 +139,11 @@ class ReportingTrainer(DiagnosingTrainer):
         """Measures the weights of the model, and collects what else `results.json` holds but the environment."""
         views = self._views(test)
         measured = {split: view for split, view in views.items() if split != "train"}
+        config, augmented = self.model.config, None
+        if self.args.tta != "none":
+            augmented = AugmentedFigures(
+                self.args.tta, config.class_names, several_labels=config.several_labels, thresholds=config.thresholds
+            )
         figures = measure_views(
             self.model,
             measured,
@@ -144,6 +153,7 @@ class ReportingTrainer(DiagnosingTrainer):
             collate_fn=self.data_collator,
             progress=progress,
             scaling=scaling,
+            augmented=augmented,
             outputs=outputs,
         )
         # By content, since paths and splits may be others later.
@@ -173,6 +183,7 @@ class ReportingTrainer(DiagnosingTrainer):
             "recipe": {**describe_recipe(folder), **given.pop("recipe", {})},
             **({} if scaling is None else {"calibration": scaling.to_dict()}),
             **self._against_start(progress),
+            **({} if augmented is None else {"tta": augmented.to_dict()}),
             "gate": {"gate": self.args.gate, "min_gain": self.args.min_gain, "on_reject": self.args.on_reject},
             "stages": [record.to_dict() for record in records],
             "diagnosis": [finding.to_dict() for finding in self.diagnose()],

@@ -24,13 +24,14 @@ from torchthaw._version import __version__
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.images import decode_image
 from torchthaw.data.views import ImageView
+from torchthaw.evaluation.augmented_predictions import predict_augmented
 from torchthaw.evaluation.files import replacing
-from torchthaw.evaluation.inference import predict_split
 from torchthaw.evaluation.measuring import measure_split
 from torchthaw.evaluation.multilabel_measuring import measure_label_sets
 from torchthaw.evaluation.plots import plot_curves, plot_learning_rates
-from torchthaw.evaluation.temperature import TemperatureScaling
+from torchthaw.evaluation.temperature import TemperatureScaling, scaled
 from torchthaw.sharing.fresh_process import check_saved_folder
+from torchthaw.training.augmented_figures import AugmentedFigures
 from torchthaw.training.records import StageRecord
 from torchthaw.training.timing import peak_memory_mb
 
@@ -74,6 +75,7 @@ def measure_views(
     collate_fn: Callable[..., Any],
     progress: ProgressBars = no_progress,
     scaling: TemperatureScaling | None = None,
+    augmented: AugmentedFigures | None = None,
     outputs: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> dict[str, Any]:
     """Measures the weights that the model has on each split; writes predictions and plots.
@@ -87,6 +89,7 @@ def measure_views(
         collate_fn: Makes a batch of samples.
         progress: Shows a bar.
         scaling: Is fitted and applied to the logits, which are those of a model without a temperature.
+        augmented: Measures test-time augmentation too, from the same look at the images.
         outputs: Gets logits and labels by split, if given.
 
     Returns:
@@ -95,16 +98,21 @@ def measure_views(
     figures = {}
     for split, view in views.items():
         with progress(f"evaluating {split}", len(view)) as bar:
-            logits, labels = predict_split(
-                model, view, batch_size=batch_size, num_workers=num_workers, on_progress=bar.update,
-                collate_fn=collate_fn,
+            every, labels = predict_augmented(
+                model, view, "none" if augmented is None else augmented.method, batch_size=batch_size,
+                num_workers=num_workers, on_progress=bar.update, collate_fn=collate_fn,
             )  # fmt: skip
+        logits = every[0]
         if scaling is not None:
             logits = scaling(split, logits, labels)
+            every = scaled(every, scaling.temperature)
         if outputs is not None:
             outputs[split] = logits, labels
         known = view.dataset.column_names if isinstance(view, ImageView) else []
         paths, groups = (view.dataset[name][:] if name in known else None for name in ("path", "group"))
+        if augmented is not None:
+            # Whether to use it is for validation images to decide, not for those of the test.
+            augmented.measure(split, every, labels, groups, compared=split == "validation")
         measure = measure_split
         if model.config.several_labels:
             measure = partial(measure_label_sets, thresholds=model.config.thresholds)

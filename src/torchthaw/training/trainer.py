@@ -15,6 +15,7 @@ from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.views import collate
 from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.evaluation import multilabel
+from torchthaw.evaluation.augmented_predictions import check_test_time_augmentation
 from torchthaw.evaluation.metrics import compute_metrics as classification_compute_metrics
 from torchthaw.evaluation.range_test_plot import plot_range_test
 from torchthaw.stages.plan import StagePlan
@@ -134,6 +135,8 @@ class ThawTrainer(BalancedTrainer):
             self.eval_dataset = {name: self._as_view(data, train=False) for name, data in self.eval_dataset.items()}
         else:
             self.eval_dataset = self._as_view(self.eval_dataset, train=False)
+        seen = self._validation_view()
+        check_test_time_augmentation(self.args.tta, self._train_data if seen is None else seen)
 
     def _check_gate(self) -> None:
         if self.args.gate != "significant":
