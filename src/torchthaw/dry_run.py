@@ -19,6 +19,7 @@ from torchthaw.errors import WeightsError
 from torchthaw.preparation import check_model, training_arguments
 from torchthaw.recipe import Recipe
 from torchthaw.source_tasks import source_task
+from torchthaw.stages.adapters import with_adapters
 from torchthaw.stages.freezing import batch_norms, freeze_for_stage, resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
@@ -146,7 +147,11 @@ def plan_rows(
     Raises:
         PlanError: a stage does not fit the model.
     """
-    return [_stage_row(model, stage, num_images, settings, l2_sp) for stage in plan.stages]
+    rows = []
+    for stage in plan.stages:
+        with with_adapters(model, stage):
+            rows.append(_stage_row(model, stage, num_images, settings, l2_sp))
+    return rows
 
 
 def _stage_row(

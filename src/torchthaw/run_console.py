@@ -26,7 +26,10 @@ def announce(job: Job, trainer: ThawTrainer, reporter: Reporter) -> None:
             f"{min(rates.values()):.1e} - {max(rates.values()):.1e}" if len(rates) > 1 else f"{rates[groups[-1]]:.1e}"
         )
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs} epochs"
-        rows.append((stage.name, _trained(list(rates), groups), length, shown, trainer.batch_norm_policy(stage)))
+        trained = _trained(list(rates), groups)
+        if stage.adapters is not None:
+            trained += f" (LoRA of rank {stage.adapters.rank})"
+        rows.append((stage.name, trained, length, shown, trainer.batch_norm_policy(stage)))
     chosen = f"best weights by validation {job.metric}" if "validation" in data.splits else "no validation"
     reporter.table(
         f"plan: {trainer.plan.name}, {chosen}",

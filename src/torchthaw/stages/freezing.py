@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchthaw.errors import PlanError
-from torchthaw.stages.plan import BatchNormPolicy, Stage
+from torchthaw.stages.low_rank import LowRank
+from torchthaw.stages.plan import HEAD, BatchNormPolicy, Stage
 
 # Below either, the statistics of single batches are too noisy to replace the pretrained ones.
 SMALL_DATA_IMAGES = 10_000
@@ -35,9 +36,18 @@ class GroupedModel(Protocol):
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a stage keeps as it is."""
+    """What a stage keeps as it is.
+
+    Attributes:
+        groups: Layer groups of which nothing trains.
+        live: The others.
+        batch_norm: BatchNorm policy of the live groups.
+        parameters: Number of scalars of the model.
+        trainable_parameters: Number of those that train.
+    """
 
     groups: tuple[str, ...]
+    live: tuple[str, ...]
     batch_norm: BatchNormPolicy
     parameters: int
     trainable_parameters: int
@@ -62,7 +72,8 @@ def freeze_for_stage(model: GroupedModel, stage: Stage, batch_norm: BatchNormPol
 
     Frozen groups stay in eval mode as a whole: their BatchNorm statistics, dropout and stochastic depth are those of
     inference; with the stage's `frozen_dropout`, only their BatchNorm modules do. In live groups the BatchNorm policy
-    decides.
+    decides. In a stage with `lora`, what trains of a live group before the head are its adapters alone, which
+    `add_adapters` has put there; a group without any is frozen.
 
     Raises:
         PlanError: nothing would be left to train.
@@ -70,10 +81,12 @@ def freeze_for_stage(model: GroupedModel, stage: Stage, batch_norm: BatchNormPol
     assert batch_norm != "auto", "resolve_batch_norm comes first"
     groups = model.layer_groups()
     live = stage.live_groups(list(groups))
+    adapters = {name: _adapter_parameters(group) for name, group in groups.items() if stage.adapters and name != HEAD}
+    live = tuple(name for name in live if adapters.get(name, True))
     held: list[str] = []
     for name, group in groups.items():
         for parameter in group.parameters.values():
-            parameter.requires_grad_(name in live)
+            parameter.requires_grad_(name in live and (name not in adapters or id(parameter) in adapters[name]))
         if name not in live:
             held.extend((module for module, _ in batch_norms(group)) if stage.frozen_dropout else group.modules)
             continue
@@ -93,10 +106,16 @@ def freeze_for_stage(model: GroupedModel, stage: Stage, batch_norm: BatchNormPol
         )
     return Frozen(
         groups=tuple(name for name in groups if name not in live),
+        live=live,
         batch_norm=batch_norm,
         parameters=sum(size for size, _ in sizes),
         trainable_parameters=trainable,
     )
+
+
+def _adapter_parameters(group: Group) -> set[int]:
+    modules = (module for root in group.modules.values() for module in root.modules())
+    return {id(p) for module in modules if isinstance(module, LowRank) for p in module.parameters()}
 
 
 def batch_norms(group: Group) -> list[tuple[str, _BatchNorm]]:

@@ -13,7 +13,7 @@ from torchthaw.stages.rates import HEAD
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 # Parameters of more than one dimension that stand for positions or tokens rather than for a linear map.
-_EMBEDDING_NAMES = ("class_token", "pos_embedding", "relative_position_bias_table", "cpb_mlp", "logit_scale")
+POSITION_NAMES = ("class_token", "pos_embedding", "relative_position_bias_table", "cpb_mlp", "logit_scale")
 _SCALE_NAMES = ("layer_scale",)
 
 
@@ -31,7 +31,7 @@ def is_decayed(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
     if isinstance(module, _NORMS) or parameter.ndim <= 1:
         return False
     parts = name.split(".")
-    return not any(part in _EMBEDDING_NAMES + _SCALE_NAMES for part in parts)
+    return not any(part in POSITION_NAMES + _SCALE_NAMES for part in parts)
 
 
 def param_groups(
@@ -44,7 +44,8 @@ def param_groups(
         groups: The model's layer groups, input to output.
         stage: Gives each group its peak learning rate, and the weight decay.
         l2_sp: Strength of the pull towards the weights that the run began with (see `PullToStart`), which takes the
-            place of weight decay in all groups but the head; None for none.
+            place of weight decay in all groups but the head; None for none. Adapters (`lora`), whose decay is such a
+            pull, are decayed instead.
 
     Returns:
         Groups as torch optimizers take them, each with `name` (such as `layer4/decay`), `layer_group`, `params`,
@@ -60,7 +61,7 @@ def param_groups(
         trainable = [(name, p) for name, p in groups[group_name].parameters.items() if p.requires_grad]
         for kind in ("decay", "no_decay"):
             chosen = [p for name, p in trainable if is_decayed(name, p, owners[id(p)]) == (kind == "decay")]
-            pulled = l2_sp is not None and kind == "decay" and group_name != HEAD
+            pulled = l2_sp is not None and stage.adapters is None and kind == "decay" and group_name != HEAD
             decay = (stage.weight_decay or 0.0) if kind == "decay" and not pulled else 0.0
             if chosen:
                 result.append(

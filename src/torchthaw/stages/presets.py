@@ -10,6 +10,7 @@ Where the numbers come from:
 - Weight decay: 0.05 for transformers as in the fine-tuning of BEiT and MAE; 0.01 for CNNs is torch's default of AdamW.
 - Layer decay of transformers: 0.75 per block, Bao et al. 2022 (BEiT) and He et al. 2022 (MAE); their warmup is 5 of
   50-100 epochs, the 5-10 % that `Stage.warmup` defaults to.
+- Adapters (LoRA) are as new as a head, and get its rate without layer decay; not tuned either.
 - Layer decay of CNNs: 0.3 per resolution stage, close to the factor 1 / 2.6 between layers of ULMFiT.
 """
 
@@ -116,8 +117,8 @@ def fill_defaults(
 ) -> StagePlan:
     """Returns the plan with every rate, layer decay and weight decay that was left open filled in.
 
-    A stage that trains the head alone gets the head's rate; any other the lower rate of unfrozen backbones, with the
-    family's layer decay.
+    A stage that trains the head alone, or adapters, gets the head's rate; any other the lower rate of unfrozen
+    backbones, with the family's layer decay.
 
     Args:
         plan: The plan to complete.
@@ -134,8 +135,9 @@ def fill_defaults(
             stage = dataclasses.replace(stage, weight_decay=decay)
         if stage.learning_rate is not None:
             return stage
-        rate = defaults.head_rate if stage.trains_head_alone else defaults.unfrozen_rate
-        layer_decay = defaults.layer_decay if stage.layer_decay is None else stage.layer_decay
+        rate = defaults.head_rate if stage.trains_head_alone or stage.adapters else defaults.unfrozen_rate
+        family_decay = defaults.layer_decay if stage.adapters is None else 1.0
+        layer_decay = family_decay if stage.layer_decay is None else stage.layer_decay
         return dataclasses.replace(stage, learning_rate=rate * scale, layer_decay=layer_decay)
 
     return StagePlan(stages=tuple(fill(stage) for stage in plan.stages), name=plan.name)

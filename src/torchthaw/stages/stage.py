@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchthaw.errors import PlanError, did_you_mean
+from torchthaw.stages.lora import LoraSettings, read_lora
 from torchthaw.stages.rates import HEAD, check_rates, is_finite_number, resolve_rates, scale_rates
 
 BatchNormPolicy = Literal["auto", "train", "freeze_affine", "eval"]
@@ -83,6 +84,10 @@ class Stage:
             are in eval mode as a whole; otherwise only their BatchNorm modules are.
         average: Which average of the stage's weights is validated and handed on: `none`, `ema` or `swa`. None takes the
             run's.
+        lora: Low-rank adapters (LoRA) of transformer backbones, which need peft: the rank, or a mapping with `rank`,
+            `alpha` (twice the rank by default) and `targets` (names or patterns of linear layers; all by default). The
+            weights of the layer groups that `unfreeze` names are then frozen, and adapters on their linear layers
+            train, together with the head; the stage ends with the adapters merged into the weights.
 
     Raises:
         PlanError: a value is out of range or contradicts another.
@@ -110,11 +115,12 @@ class Stage:
     on_nan: Literal["stop", "retry"] = "stop"
     frozen_dropout: bool = False
     average: Literal["none", "ema", "swa"] | None = None
+    lora: int | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name):
             raise PlanError(f"a stage has the name {self.name!r}; write, for example, name: head")
-        for key in ("learning_rate", "schedule_args", "optimizer_args", "augmentation"):
+        for key in ("learning_rate", "schedule_args", "optimizer_args", "augmentation", "lora"):
             self._set(key, self._plain(getattr(self, key), key))
         if isinstance(self.unfreeze, list):
             self._set("unfreeze", tuple(self.unfreeze))
@@ -124,6 +130,7 @@ class Stage:
         self._check_numbers()
         self._check_choices()
         self._check_arguments()
+        self._check_lora()
 
     def _set(self, key: str, value: Any) -> None:
         object.__setattr__(self, key, value)
@@ -219,6 +226,20 @@ class Stage:
                 f"stage {self.name!r}: the schedule {self.schedule} needs {' or '.join(names)}; write, for example, "
                 f"schedule_args: {example}"
             )
+
+    def _check_lora(self) -> None:
+        if self.adapters is None:
+            return
+        if self.trains_head_alone:
+            raise self._fail("unfreeze", "lora adapts layers of the backbone: write all, or a number of groups")
+        if self.batch_norm not in ("auto", "eval"):
+            raise self._fail("batch_norm", "lora freezes the statistics of the backbone: write eval, or leave it out")
+        self._set("batch_norm", "eval")
+
+    @property
+    def adapters(self) -> LoraSettings | None:
+        """What `lora` says, with its defaults; None without it."""
+        return None if self.lora is None else read_lora(self.lora, self.name)
 
     @property
     def trains_head_alone(self) -> bool:

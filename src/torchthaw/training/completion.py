@@ -11,6 +11,7 @@ from torchthaw.backbones.anatomy import check_image_size, family_of, uses_transf
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.data.augmentation import make_augmentation
 from torchthaw.errors import PlanError, did_you_mean
+from torchthaw.stages.adapters import check_peft, weights_to_adapt
 from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.stages.presets import family_defaults, fill_defaults
 from torchthaw.stages.rates import HEAD
@@ -131,9 +132,21 @@ def stage_arguments(args: ThawTrainingArguments, stage: Stage) -> Iterator[None]
             setattr(args, key, value)
 
 
+def _check_lora(stage: Stage, model: TorchvisionForImageClassification) -> None:
+    architecture = model.config.architecture
+    if not uses_transformer_recipe(architecture):
+        raise PlanError(
+            f"stage {stage.name!r} has lora, which adapts the linear layers of transformers (ViT, Swin, MaxViT, "
+            f"ConvNeXt), but {architecture} is made of convolutions; leave lora out: few weights train with "
+            "unfreeze: 1 (the last block and the head) or unfreeze: head"
+        )
+    check_peft(stage.name)
+    weights_to_adapt(model.layer_groups(), stage)
+
+
 def _check_pull(stage: Stage, args: ThawTrainingArguments, groups: list[str]) -> None:
     rates = [rate for name, rate in stage.learning_rates(groups).items() if name != HEAD]
-    if args.l2_sp is None or not rates:
+    if args.l2_sp is None or not rates or stage.adapters is not None:
         return
     if max(rates) * args.l2_sp > 1:
         raise PlanError(
@@ -150,6 +163,8 @@ def _check_pull(stage: Stage, args: ThawTrainingArguments, groups: list[str]) ->
 
 
 def _check_stage(stage: Stage, model: TorchvisionForImageClassification) -> None:
+    if stage.adapters is not None:
+        _check_lora(stage, model)
     if stage.augmentation is not None:
         make_augmentation(stage.augmentation)
     names = [member.value for member in OptimizerNames]

@@ -72,7 +72,7 @@ class FrozenPartTrainer(PrecisionTrainer):
 
     def _find_part(self) -> None:
         assert self.stage is not None
-        border = find_border(self.model, self.stage.live_groups(list(self.model.layer_groups())), self._probe(2))
+        border = find_border(self.model, self._frozen.live, self._probe(2))
         if border is None:
             return
         dtype = self._choose_frozen_dtype(border, self.stage)

@@ -88,9 +88,10 @@ class PrecisionTrainer(AnchoredTrainer):
             return torch.float32
         key = {
             **self._probe_key(),
-            "live": ", ".join(stage.live_groups(list(self.model.layer_groups()))),
+            "live": ", ".join(self._frozen.live),
             "from": "" if border is None else border.path,
             "folded": str(folded),
+            **({} if stage.adapters is None else {"lora": str(stage.adapters)}),
         }
         step, gradient = training_steps(self.model, border, self._probe(self._number_to_probe()))
         return live_dtype(step, gradient, self.args.device, key=key, folder=default_cache_folder()).dtype

@@ -17,6 +17,7 @@ from torchthaw.training.records import StageRecord
 
 STATE_FILE = "stage_state.json"
 TENSORS_FILE = "stage_state.safetensors"
+_SNAPSHOTS = ("before", "adapters")
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Progress:
         candidate: The best validated weights of this stage.
         average: The running average of the stage's weights; None if there is none. In a checkpoint the averages are the
             model's weights, and what training goes on from stands here.
+        adapters: What the stage's adapters hold; in a checkpoint only.
     """
 
     run_id: str
@@ -104,6 +106,7 @@ class Progress:
     kept: Outcome | None = None
     candidate: Outcome | None = None
     average: WeightAverage | None = None
+    adapters: Snapshot = field(default_factory=dict)
 
     def start_stage(self, index: int, *, step: int, epoch: int) -> None:
         """Moves on to a stage, or back to its start."""
@@ -128,8 +131,9 @@ class Progress:
             folder: The checkpoint.
             identity: What the run is of (see `resume.identity_of`).
         """
-        tensors = {f"before/{name}": tensor for name, tensor in self.before.items()}
-        state = {key: value for key, value in vars(self).items() if key not in ("before", "kept", "candidate")}
+        tensors = {f"{key}/{name}": tensor for key in _SNAPSHOTS for name, tensor in getattr(self, key).items()}
+        plain = vars(self).keys() - {*_SNAPSHOTS, "kept", "candidate"}
+        state = {key: value for key, value in vars(self).items() if key in plain}
         if self.average is not None:
             state["average"] = {key: getattr(self.average, key) for key in ("kind", "decay", "updates")}
             tensors.update({f"trained/{name}": tensor for name, tensor in self.average.replaced.items()})
@@ -152,7 +156,7 @@ class Progress:
             state[key] = None if state[key] is None else _outcome(state[key], _below(tensors, key))
         if state["average"] is not None:
             state["average"] = WeightAverage(**state["average"], replaced=_below(tensors, "trained"))
-        return cls(before=_below(tensors, "before"), **state)
+        return cls(before=_below(tensors, "before"), adapters=_below(tensors, "adapters"), **state)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def conclude(
     groups = model.layer_groups()
     changes = relative_changes(progress.before, model, groups)
     settle_weights(progress, model, decision)
+    rates = stage.learning_rates(list(groups))
     steps = state.global_step - progress.stage_start_step
     epochs = float(state.epoch or 0) - progress.stage_start_epoch
     images = steps * images_per_step if num_images is None else round(epochs * num_images)
@@ -108,7 +109,7 @@ def conclude(
         train_images_per_second=round(images / seconds, 2),
         trainable_parameters=frozen.trainable_parameters,
         best_metric=None if candidate is None else candidate.measured.value,
-        learning_rates=stage.learning_rates(list(groups)),
+        learning_rates={name: rate for name, rate in rates.items() if name in frozen.live},
         batch_norm=frozen.batch_norm,
         accepted=decision.accepted,
         reason=decision.reason,

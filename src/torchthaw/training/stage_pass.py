@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from transformers.trainer_utils import TrainOutput, has_length
 
 from torchthaw.errors import DataError
-from torchthaw.stages.freezing import resolve_batch_norm
+from torchthaw.stages.freezing import Frozen, resolve_batch_norm
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
 from torchthaw.training.completion import (
@@ -32,6 +32,8 @@ from torchthaw.training.validation import ValidatingTrainer
 
 class StagePassTrainer(ValidatingTrainer):
     """Makes `Trainer._inner_training_loop` run one stage, from its start or from where a checkpoint left it."""
+
+    _frozen: Frozen
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._train_data: Any = None

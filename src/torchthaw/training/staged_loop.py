@@ -24,7 +24,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from torchthaw.backbones.allocator import tensors_kept_in_memory
 from torchthaw.errors import TrainingError
-from torchthaw.stages.freezing import Frozen, freeze_for_stage
+from torchthaw.stages.adapters import add_adapters
+from torchthaw.stages.freezing import freeze_for_stage
+from torchthaw.stages.low_rank import adapted_weights, adapter_parameters, merge_adapters, with_adapted_weights
 from torchthaw.stages.proof import check_unchanged, frozen_fingerprints
 from torchthaw.stages.snapshots import all_tensors, live_names, put_back, take_snapshot
 from torchthaw.training import processes
@@ -131,6 +133,7 @@ class StagedTrainer(MixingTrainer):
                     return self._finish_run(trial, started)
         finally:
             self._slow_down()
+            merge_adapters(self.model)
             self.stage = None
             self.train_dataset = self._train_data
             self._take_batch_size()
@@ -208,14 +211,15 @@ class StagedTrainer(MixingTrainer):
         # Mixed precision wraps `forward` in place; unwrapped and unmarked, it gets one wrap a stage.
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         vars(self.model).pop("_is_accelerate_prepared", None)
-        self._frozen: Frozen = freeze_for_stage(self.model, self.stage, self.batch_norm_policy(self.stage))
+        self._put_on_adapters()
+        self._frozen = freeze_for_stage(self.model, self.stage, self.batch_norm_policy(self.stage))
         self.optimizer = self.lr_scheduler = None
         # A wrap made for other trainable parameters would not reduce the gradients of the new ones.
         self.model_wrapped = self.model
         self.model.train()
         self._live_names = live_names(self.model)
         if not self._resumed and not progress.lower_rates:
-            progress.before = take_snapshot(self.model, self._live_names)
+            progress.before = take_snapshot(self.model, with_adapted_weights(self.model, self._live_names))
             progress.fingerprints = frozen_fingerprints(self.model)
         self._begin_average()
         self._prepare_checks()
@@ -225,6 +229,18 @@ class StagedTrainer(MixingTrainer):
         self.control.should_training_stop = self.control.should_epoch_stop = False
         self.callback_handler.stage = self.stage
         self._name_stage()
+
+    def _put_on_adapters(self) -> None:
+        assert self.stage is not None
+        progress = self._progress
+        # `Trainer` counts operations by the number of parameters.
+        self._operations_per_value = None
+        add_adapters(self.model.layer_groups(), self.stage, seed=self.args.seed + progress.stage_index)
+        if self._resumed and progress.adapters:
+            # A checkpoint's model has them merged.
+            put_back(self.model, {name: progress.before[name] for name in adapted_weights(self.model)})
+            put_back(self.model, progress.adapters)
+            progress.adapters = {}
 
     def _leave_stage(self, failure: str | None, ignore_keys: list[str] | None = None) -> StageRecord | None:
         """Proves, decides and records; the model then holds the weights that the run goes on from."""
@@ -239,6 +255,7 @@ class StagedTrainer(MixingTrainer):
         # First, so that all processes go on or none does.
         processes.check_equal_on_all(all_tensors(self.model), f"at the end of stage {stage.name!r}")
         check_unchanged(progress.fingerprints, self.model, stage.name)
+        merge_adapters(self.model)
         if failure is not None and retries:
             self._go_back_for_retry(failure)
             return None
@@ -332,6 +349,7 @@ class StagedTrainer(MixingTrainer):
             last_grad_norm=self._last_norm.item(),
             group_norms=self._norms_of_groups().state(),
             epoch_stopped=self.control.should_epoch_stop,
+            adapters=take_snapshot(self.model, adapter_parameters(self.model)),
             stage_seconds=self._progress.stage_seconds + time.monotonic() - self._stage_started,
         )
         processes.wait()

@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from torchthaw.errors import PlanError, did_you_mean
 from torchthaw.evaluation.arrays import NonFiniteLogitsError, log_softmax
 from torchthaw.evaluation.multilabel_figures import log_loss
-from torchthaw.stages.snapshots import take_snapshot
+from torchthaw.stages.low_rank import take_merged_snapshot, with_adapted_weights
 from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.gate import Measured
@@ -71,7 +71,7 @@ class ValidatingTrainer(GuardedTrainer):
         gained = best is None or math.isnan(best.measured.value) or self._is_better(new, best)
         progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
         if gained or not self.args.load_best_model_at_end:
-            new.weights = take_snapshot(self.model, self._live_names)
+            new.weights = take_merged_snapshot(self.model, with_adapted_weights(self.model, self._live_names))
             progress.candidate = new
         patience = self.stage.patience if self.stage else None
         if patience is not None and progress.validations_without_gain >= patience:

@@ -12,6 +12,7 @@ import torch
 
 from torchthaw.evaluation.arrays import NonFiniteLogitsError
 from torchthaw.stages.averages import interpolate
+from torchthaw.stages.low_rank import without_adapters
 from torchthaw.stages.snapshots import put_back, take_snapshot
 from torchthaw.training import processes
 from torchthaw.training.averaging import AveragingTrainer
@@ -57,10 +58,10 @@ class MixingTrainer(AveragingTrainer):
             return sign * outcomes[alpha].measured.value
 
         # What comes after must be the same if the run is resumed from the stage's last checkpoint.
-        last = take_snapshot(self.model, self._live_names)
-        with random_states_kept():
+        with without_adapters(self.model), random_states_kept():
+            last = take_snapshot(self.model, candidate.weights)
             alpha, scores = interpolate(progress.before, candidate.weights, ALPHAS, score)
-        put_back(self.model, last)
+            put_back(self.model, last)
         alpha = processes.share(alpha)
         progress.candidate = outcomes[alpha]
         values = {f"{share:g}": sign * found if math.isfinite(found) else None for share, found in scores.items()}
