@@ -247,6 +247,7 @@ def test_a_dry_run_says_what_the_run_then_does(run, make_image_folder, tmp_path,
         (stages("{name: a, unfreeze: layer9}"), "'layer9', which matches no layer group"),
         (stages("{name: a, optimizer: adamm}"), "stage 'a': unknown optimizer 'adamm'"),
         (["--set", "optimizer=adamm"], "adamm"),
+        (stages("{name: a, lora: 4}"), "stage 'a' has lora, which adapts the linear layers of transformers"),
         (["--set", "weights=IMAGENET1K_V9"], "IMAGENET1K_V9"),
         (["--backbone", "vit_b_16", "--set", "image_size=224", *stages("{name: a, image_size: 32}")], "one size only"),
     ],
@@ -306,3 +307,19 @@ def test_norms_in_eval_do_not_train_and_a_stage_that_does_not_fit_is_refused():
     assert sum(group["not_decayed_parameters"] for group in stage["groups"]) == 3, "the bias of the head"
     with pytest.raises(PlanError, match="'layer9', which matches no layer group"):
         plan_rows(model, StagePlan((Stage("a", "layer9", learning_rate=1.0),)), num_images=9, settings=SETTINGS)
+
+
+def test_adapters_are_counted_and_taken_off_again():
+    model = on_meta("swin_t")
+    plan = fill_defaults(StagePlan((Stage("a", lora=8), Stage("b"))), transformer=True)
+    keys = list(model.state_dict())
+    adapters, everything = plan_rows(model, plan, num_images=100, settings=SETTINGS)
+    own = sum(p.numel() for p in model.parameters())
+    assert everything["parameters"] == everything["trainable_parameters"] == own
+    head = adapters["groups"][-1]["trainable_parameters"]
+    assert head == 3 * 768 + 3
+    assert adapters["parameters"] - own == adapters["trainable_parameters"] - head
+    assert [group["group"] for group in adapters["groups"] if not group["trainable_parameters"]] == ["stem"]
+    assert {group["learning_rate"] for group in adapters["groups"]} == {None, 1e-3}
+    assert list(model.state_dict()) == keys
+    assert len(list(model.parameters())) == len(keys) - sum(1 for _ in model.buffers())

@@ -42,7 +42,7 @@ stages:
   - {name: head, unfreeze: head, steps: 40, warmup: 5, optimizer: sgd, optimizer_args: {nesterov: true}, batch_size: 8}
   - {name: top, unfreeze: ["layer[34]", head], learning_rate: 1e-5..1e-3, schedule: cosine_with_restarts,
      schedule_args: {num_cycles: 2}, max_grad_norm: 0, patience: 2, on_nan: retry, frozen_dropout: true}
-  - {name: all, epochs: 2, image_size: 160, augmentation: {mixup: 0.2}}
+  - {name: all, epochs: 2, image_size: 160, augmentation: {mixup: 0.2}, lora: {rank: 8, targets: [mlp]}}
 """)
     recipe = load_recipe(file)
     assert (recipe.gate, recipe.min_gain, recipe.on_reject) == ("off", 0.005, "stop")
@@ -60,7 +60,7 @@ stages:
                 on_nan="retry",
                 frozen_dropout=True,
             ),
-            Stage("all", epochs=2, image_size=160, augmentation={"mixup": 0.2}),
+            Stage("all", epochs=2, image_size=160, augmentation={"mixup": 0.2}, lora={"rank": 8, "targets": ["mlp"]}),
         )
     )
     again = tmp_path / "again.yaml"
@@ -84,6 +84,8 @@ def test_words_are_text_and_only_true_and_false_are_booleans():
 
 def test_random_statistics_are_never_kept():
     stages = [{"name": "a", "unfreeze": "head"}, {"name": "b", "batch_norm": "freeze_affine"}]
+    adapters = {**MINIMAL, "backbone": "maxvit_t", "weights": None, "stages": [{"name": "a", "lora": 4}]}
+    assert load_recipe(adapters).stage_plan().stages[0].batch_norm == "eval", "unless all of the backbone is kept"
     pretrained, random = ({**MINIMAL, "stages": stages, "weights": weights} for weights in ("DEFAULT", None))
     assert [stage.batch_norm for stage in load_recipe(pretrained).stage_plan().stages] == ["auto", "freeze_affine"]
     assert [stage.batch_norm for stage in load_recipe(random).stage_plan().stages] == ["train", "freeze_affine"]

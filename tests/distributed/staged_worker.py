@@ -30,6 +30,9 @@ from torchthaw import (
 from torchthaw.stages.proof import digest
 from torchthaw.training import processes
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from small_transformers import small_model
+
 ARCHITECTURE = "shufflenet_v2_x0_5"
 CLASSES = ["ant", "bee", "cat"]
 TRAINING_IMAGES, VALIDATION_IMAGES = 24, 15  # two global batches of 12; an odd number
@@ -182,6 +185,12 @@ def weighted_draws(folder, batch_size):
         folder / "weighted", batch_size // 2, plan=plan, gradient_accumulation_steps=2, gate="off", sampling="balanced",
         class_weights={"ant": 0.2, "bee": 1.0, "cat": 7.0}, label_smoothing_factor=0.1,
     )  # fmt: skip
+
+
+def adapters(folder, batch_size):
+    """Low-rank adapters on a transformer, drawn by each process for itself."""
+    plan = [HEAD, Stage("adapters", "all", epochs=2, learning_rate=1e-2, lora=4)]
+    return staged(folder / f"adapters-{RANK}", batch_size, plan=plan, model=small_model("vit_b_16", seed=RANK))
 
 
 def own_heads(folder, batch_size):

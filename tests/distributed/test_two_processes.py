@@ -78,7 +78,8 @@ def two(tmp_path_factory):
     """Two processes, that run many scenarios and are killed in the last one."""
     folder = tmp_path_factory.mktemp("two")
     scenarios = [
-        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "own_heads", "stream", "stream_read_by_each",
+        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "own_heads", "stream",
+        "stream_read_by_each",
         "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image", "missing_checkpoint",
         "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
     ]  # fmt: skip
@@ -90,7 +91,9 @@ def one(two, tmp_path_factory):
     """One process with twice the batch size, that also goes on with the run that was killed."""
     folder = tmp_path_factory.mktemp("one")
     shutil.copytree(two.folder / "killed", folder / "killed")
-    scenarios = ["plain", "averaged", "weighted_draws", "pulled", "stream", "resumed_with_other_batches", "resumed"]
+    scenarios = [
+        "plain", "averaged", "weighted_draws", "pulled", "adapters", "stream", "resumed_with_other_batches", "resumed",
+    ]  # fmt: skip
     return Reports(folder, start(1, WORKER, folder, 12, *scenarios))
 
 
@@ -218,6 +221,19 @@ def test_draws_by_class_and_weighted_losses_are_those_of_one_process(two, one):
         assert largest_difference(first["weights"][stage], alone["weights"][stage]) < WEIGHT_TOLERANCE
     assert without_timings(first["log"]) == without_timings(second["log"])
     assert_close(without_timings(first["log"]), without_timings(alone["log"]), LOG_TOLERANCE)
+
+
+def test_low_rank_adapters_are_those_of_one_process(two, one):
+    first, second = two.good("adapters")
+    (alone,) = one.good("adapters")
+    for stage in range(2):
+        assert bit_equal(first["weights"][stage], second["weights"][stage])
+        assert largest_difference(first["weights"][stage], alone["weights"][stage]) < WEIGHT_TOLERANCE
+    moved = {name for name, tensor in first["final"].items() if not torch.equal(tensor, first["weights"][0][name])}
+    assert "backbone.encoder.layers.encoder_layer_0.self_attention.in_proj_weight" in moved
+    assert len(moved) == 3 * 4 + 2, "four maps of each block, and the head"
+    assert decisions(first) == decisions(second)
+    assert_close(decisions(first), decisions(alone), LOG_TOLERANCE)
 
 
 def test_weights_that_are_pulled_to_their_start_are_those_of_one_process(two, one):

@@ -35,6 +35,9 @@ from torchthaw import (
 from torchthaw.training.callbacks import StageCallback
 from torchthaw.training.resume import has_checkpoint
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from small_transformers import small_model
+
 ARCHITECTURE = "shufflenet_v2_x0_5"
 
 # 4 steps an epoch: steps 1 to 4, 5 to 12 and 13 to 16 of the run. By validation loss, the gate keeps the first two
@@ -43,6 +46,12 @@ PLAN = [
     Stage("head", "head", epochs=1, learning_rate=5e-3),
     Stage("last block", 1, epochs=2, learning_rate={"head": 2e-2, "backbone": 2e-2}, batch_norm="train"),
     Stage("all", "all", epochs=1, learning_rate=1e-3, layer_decay=0.5, batch_norm="train"),
+]
+# As long, with low-rank adapters on a transformer in the second stage.
+PLAN_OF_ADAPTERS = [
+    PLAN[0],
+    Stage("adapters", "all", epochs=2, learning_rate=2e-2, lora=4),
+    Stage("all", "all", epochs=1, learning_rate=1e-4),
 ]
 AUGMENTATION = {"crop_scale": [0.5, 1.0], "mixup": 0.4}
 
@@ -56,6 +65,10 @@ LAYOUTS = {
     "often": {
         "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "eval_strategy": "epoch",
         "logging_strategy": "steps", "logging_steps": 5, "load_best_model_at_end": False, "gate": "off",
+    },
+    "adapters": {
+        "plan": PLAN_OF_ADAPTERS, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+        "logging_strategy": "steps", "logging_steps": 3,
     },
 }  # fmt: skip
 
@@ -123,6 +136,8 @@ def new_model():
 
 def run(model, splits, folder, layout, kill):
     """Runs to the end, from the last whole checkpoint if there is one, and writes what came out beside the run."""
+    if layout == "adapters":
+        model = small_model("vit_b_16", dropout=0.1)
     output, notes = Path(folder) / "run", Notes()
     callbacks = [notes]
     if kill and "files" in kill:
@@ -133,7 +148,6 @@ def run(model, splits, folder, layout, kill):
         model=model,
         args=ThawTrainingArguments(
             output_dir=str(output),
-            plan=PLAN,
             augmentation=AUGMENTATION,
             per_device_train_batch_size=4,
             per_device_eval_batch_size=4,
@@ -141,7 +155,7 @@ def run(model, splits, folder, layout, kill):
             use_cpu=True,
             report_to="none",
             disable_tqdm=True,
-            **LAYOUTS[layout],
+            **{"plan": PLAN, **LAYOUTS[layout]},
         ),
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],

@@ -148,6 +148,9 @@ def test_the_runs_are_worth_comparing(undisturbed):
     earlier = undisturbed("epochs")[0]["checkpoints"]["checkpoint-16"]["weights"]
     statistics = [name for name in weights if name.endswith("running_mean")]
     assert all(not torch.equal(weights[name], earlier[name]) for name in statistics)
+    adapters = undisturbed("adapters")[0]["records"][1]
+    assert adapters["accepted"]
+    assert [group for group, change in adapters["changes"].items() if change] == ["block0", "block1", "block2", "head"]
 
 
 def test_a_run_of_its_own_repeats_itself(workloads, undisturbed, tmp_path):
@@ -222,6 +225,14 @@ KILLS = {
     ),
     "the journal's first entry": ("epochs", files(["os.rename", "journal.json$"]), 0),
     "the journal's entry of a stage": ("epochs", files(*[["os.rename", "journal.json$"]] * 3), 12),
+    # With low-rank adapters on the model.
+    "the begin of a stage of adapters": ("adapters", at("on_stage_begin", number=2), 4),
+    "a step of adapters": ("adapters", at("on_step_end", 7), 6),
+    "the validation of adapters": ("adapters", at("on_prediction_step", 8), 6),
+    "before a checkpoint of adapters counts": ("adapters", files(["os.rename", "checkpoint-10/complete.json$"]), 8),
+    "the last step of adapters": ("adapters", at("on_save", 12), 12),
+    "the end of a stage of adapters": ("adapters", at("on_stage_end", number=2), 12),
+    "after a stage of adapters": ("adapters", at("on_step_end", 13), 12),
     "the journal's last entry": ("steps", files(*[["os.rename", "journal.json$"]] * 5), 16),
 }
 
