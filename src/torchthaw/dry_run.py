@@ -26,6 +26,7 @@ from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
 from torchthaw.stages.presets import stage_augmentation
 from torchthaw.training.completion import check_data, complete_arguments, full_plan
 from torchthaw.training.imbalance import ImbalanceSettings, settle
+from torchthaw.training.probe_options import settle_solvers
 from torchthaw.user_errors import as_user_error
 
 FROZEN = "frozen"
@@ -79,7 +80,8 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
             class_names=data.class_names,
             several_labels=data.several_labels,
         )
-    plan = _with_augmentation(full_plan(arguments, model), arguments.asked_augmentation)
+        plan = settle_solvers(full_plan(arguments, model), model, arguments, data.splits["train"])
+    plan = _with_augmentation(plan, arguments.asked_augmentation)
     sizes = {split: len(images) for split, images in data.splits.items()}
     fold_sizes = [{split: len(images) for split, images in fold.splits.items()} for fold in folds]
     planned = [
@@ -169,6 +171,8 @@ def _stage_row(
     frozen = freeze_for_stage(model, stage, policy)
     return {
         "name": stage.name,
+        "solver": stage.solver,
+        "by_probe": stage.by_probe,
         "epochs": stage.epochs or round(steps / per_epoch, 2),
         "steps": steps,
         "warmup_steps": stage.warmup_steps(steps),
@@ -260,7 +264,7 @@ def _print(
         [
             [
                 stage["name"],
-                f"{stage['epochs']:g}",
+                "linear probe" if stage["solver"] == "probe" else f"{stage['epochs']:g}",
                 *(stage[key] for key in ("steps", "warmup_steps", "schedule")),
                 *("-" if stage[key] is None else stage[key] for key in extra),
             ]

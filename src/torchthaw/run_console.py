@@ -23,9 +23,19 @@ def announce(job: Job, trainer: ThawTrainer, reporter: Reporter) -> None:
     for stage in trainer.plan.stages:
         rates = stage.learning_rates(groups)
         shown = (
-            f"{min(rates.values()):.1e} - {max(rates.values()):.1e}" if len(rates) > 1 else f"{rates[groups[-1]]:.1e}"
+            "-"
+            if stage.solver == "probe"
+            else (
+                f"{min(rates.values()):.1e} - {max(rates.values()):.1e}"
+                if len(rates) > 1
+                else f"{rates[groups[-1]]:.1e}"
+            )
         )
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs} epochs"
+        if stage.solver == "probe":
+            length = "linear probe"
+        if stage.by_probe:
+            shown += " (or as the probe says)"
         trained = _trained(list(rates), groups)
         if stage.adapters is not None:
             trained += f" (LoRA of rank {stage.adapters.rank})"

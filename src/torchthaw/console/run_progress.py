@@ -101,6 +101,13 @@ class RunProgressCallback(StageCallback):
         self._bar.stage, self._bar.doing = stage.name, ""
         self._bar.rate = self._bar.loss = self._bar.waiting = None
         self._bar.step, self._bar.steps = state.global_step, state.max_steps
+        if stage.solver == "probe":
+            self._bar.doing = "linear probe"
+        choice = getattr(state, "stage_choice", None)
+        if choice:
+            rate = stage.learning_rate if isinstance(stage.learning_rate, float) else None
+            at = "" if rate is None else f" (head at {rate:g}, BatchNorm {stage.batch_norm})"
+            self._reporter.say(f"stage {stage.name}: {choice}{at}")
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the pause between epochs."""
@@ -184,6 +191,11 @@ class RunProgressCallback(StageCallback):
     ) -> None:
         """Prints what was decided, and how far the layer groups moved."""
         self._part.seconds[stage.name] = record.seconds
+        if record.probe is not None and record.probe["macro_f1"] is not None:
+            self._reporter.say(
+                f"stage {stage.name}: linear probe, macro F1 {record.probe['macro_f1']:.4f} on "
+                f"{record.probe['held_out_images']} training images, held out in turn"
+            )
         moved = ", ".join(f"{group} {change:.2%}" for group, change in record.changes.items() if change)
         self._reporter.say(f"stage {stage.name}: {record.reason}. Moved: {moved or 'nothing'}.")
         if record.ended_early:

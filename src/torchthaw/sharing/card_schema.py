@@ -53,6 +53,13 @@ class Comparison(_Part):
     p_value: float | None = None
 
 
+class Probe(_Part):
+    """What a linear probe found."""
+
+    macro_f1: float | None = None
+    held_out_images: _Count | None = None
+
+
 class StageResult(_Part):
     """What became of a stage."""
 
@@ -69,6 +76,8 @@ class StageResult(_Part):
     comparison: Comparison | None = None
     frozen_unchanged: bool | None = None
     ended_early: str | None = None
+    probe: Probe | None = None
+    chosen: str | None = None
 
 
 class ModelFacts(_Part):

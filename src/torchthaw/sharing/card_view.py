@@ -222,6 +222,8 @@ def _difference(value: float | None, limits: tuple[float, float] | None) -> str:
 
 
 def _rates(stage: StageResult) -> str:
+    if stage.probe is not None:
+        return f"{', '.join(stage.learning_rates)}: linear probe"
     rates = [f"{group} {short(rate)}" for group, rate in stage.learning_rates.items()]
     if len(rates) > 8:
         return f"{rates[0]} ... {rates[-1]} ({len(rates)} groups)"

@@ -156,6 +156,8 @@ def _stage(stage: StageResult) -> list[str]:
     seconds = NONE if stage.seconds is None else f"{stage.seconds:,.1f}"
     rates = [short(rate) for rate in sorted(stage.learning_rates.values())]
     rate = NONE if not rates else rates[0] if rates[0] == rates[-1] else f"{rates[0]} to {rates[-1]}"
+    if stage.probe is not None:
+        rate = "linear probe"
     trained = count(stage.trainable_parameters)
     return [stage.name, kept, values, difference, p, short(stage.epochs), seconds, trained, rate]
 

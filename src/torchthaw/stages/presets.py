@@ -29,6 +29,7 @@ _SHAPES: dict[str, tuple[tuple[str, str | int, int], ...]] = {
     "two_phase": (("head", "head", 3), ("all", "all", 4)),
     "staged": (("head", "head", 3), ("last block", 1, 2), ("all", "all", 2)),
     "full": (("all", "all", 7),),
+    "auto": (("head", "head", 1), ("all", "all", 6)),
 }
 PRESETS = tuple(_SHAPES)
 PlanLike = StagePlan | Sequence[Stage] | Mapping[str, Any] | str
@@ -74,10 +75,12 @@ def preset_plan(name: str, *, epochs: int | None = None) -> StagePlan:
         raise PlanError(f"unknown plan {name!r}.{did_you_mean(name, PRESETS)} There are {', '.join(PRESETS)}.")
     shape = _SHAPES[name]
     lengths = _share_out(DEFAULT_EPOCHS if epochs is None else epochs, [weight for _, _, weight in shape], name)
-    stages = [
-        Stage(name=stage, unfreeze=unfreeze, epochs=length)
-        for (stage, unfreeze, _), length in zip(shape, lengths, strict=True)
-    ]
+    stages = []
+    for (stage, unfreeze, _), length in zip(shape, lengths, strict=True):
+        made = Stage(name=stage, unfreeze=unfreeze, epochs=length)
+        if name == "auto":
+            made = dataclasses.replace(made, **({"solver": "auto"} if made.trains_head_alone else {"by_probe": True}))
+        stages.append(made)
     return StagePlan(stages=tuple(stages), name=name)
 
 
@@ -118,13 +121,16 @@ def fill_defaults(
     """Returns the plan with every rate, layer decay and weight decay that was left open filled in.
 
     A stage that trains the head alone, or adapters, gets the head's rate; any other the lower rate of unfrozen
-    backbones, with the family's layer decay.
+    backbones, with the family's layer decay. Those of stages with `by_probe` stand until the probe is made.
 
     Args:
         plan: The plan to complete.
         transformer: Whether the backbone trains by the habits of vision transformers.
         head_rate: Rate of a new head; the other open rates move in proportion. None takes the family's.
         weight_decay: The run's own weight decay; None takes the family's.
+
+    Raises:
+        PlanError: a stage has a rate, and is to have it chosen as well.
     """
     defaults = family_defaults(transformer=transformer)
     scale = 1.0 if head_rate is None else head_rate / defaults.head_rate
@@ -134,6 +140,11 @@ def fill_defaults(
         if stage.weight_decay is None:
             stage = dataclasses.replace(stage, weight_decay=decay)
         if stage.learning_rate is not None:
+            if stage.by_probe:
+                raise PlanError(
+                    f"stage {stage.name!r}: by_probe chooses the rates, but learning_rate is {stage.learning_rate!r}; "
+                    "leave one of them out"
+                )
             return stage
         rate = defaults.head_rate if stage.trains_head_alone or stage.adapters else defaults.unfrozen_rate
         family_decay = defaults.layer_decay if stage.adapters is None else 1.0
@@ -147,7 +158,8 @@ def stage_augmentation(stage: Stage, run: Any) -> Any:
     """Returns what a stage does to its training images: its own augmentation, or else the run's.
 
     Where neither says anything, a stage that trains the head alone does nothing (`"none"`): so the features of each
-    image need to be computed only once. Every other stage then takes the default of the backbone's family.
+    image need to be computed only once. Every other stage then takes the default of the backbone's family. A linear
+    probe takes the images as they are unless the stage itself says otherwise.
 
     Args:
         stage: The stage.
@@ -158,7 +170,8 @@ def stage_augmentation(stage: Stage, run: Any) -> Any:
     """
     if stage.augmentation is not None:
         return stage.augmentation
-    return "none" if run is None and stage.trains_head_alone else run
+    alone = run is None and stage.trains_head_alone
+    return "none" if alone or stage.solver == "probe" else run
 
 
 def _share_out(epochs: int, weights: list[int], plan: str) -> list[int]:

@@ -22,6 +22,7 @@ SCHEDULES = (
 )  # fmt: skip
 ON_NAN = ("stop", "retry")
 AVERAGES = ("none", "ema", "swa")
+SOLVERS = ("gradient", "probe", "auto")
 SMALLEST_IMAGE = 16
 
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -88,6 +89,12 @@ class Stage:
             `alpha` (twice the rank by default) and `targets` (names or patterns of linear layers; all by default). The
             weights of the layer groups that `unfreeze` names are then frozen, and adapters on their linear layers
             train, together with the head; the stage ends with the adapters merged into the weights.
+        solver: How a stage that trains the head alone does so: `gradient` in steps of its optimizer; `probe` at once,
+            by logistic regression on the features of all training images, whose strength of regularization is chosen by
+            cross-validation among them (see `fit_linear_probe`), so that length, rates and schedule do not matter;
+            `auto` by a probe where there can be one (see `probe_obstacle`), by gradient steps elsewhere.
+        by_probe: Whether the rates, and the BatchNorm policy where it is `auto`, are chosen by how well the linear
+            probe of an earlier stage told held-out training images (see `stages.auto`); not with a `learning_rate`.
 
     Raises:
         PlanError: a value is out of range or contradicts another.
@@ -116,6 +123,8 @@ class Stage:
     frozen_dropout: bool = False
     average: Literal["none", "ema", "swa"] | None = None
     lora: int | Mapping[str, Any] | None = None
+    solver: Literal["gradient", "probe", "auto"] = "gradient"
+    by_probe: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name):
@@ -131,6 +140,7 @@ class Stage:
         self._check_choices()
         self._check_arguments()
         self._check_lora()
+        self._check_probe()
 
     def _set(self, key: str, value: Any) -> None:
         object.__setattr__(self, key, value)
@@ -199,6 +209,7 @@ class Stage:
             ("batch_norm", BATCH_NORM_POLICIES),
             ("on_nan", ON_NAN),
             ("average", AVERAGES),
+            ("solver", SOLVERS),
         ):
             value = getattr(self, key)
             if value not in choices and not (key == "average" and value is None):
@@ -206,8 +217,9 @@ class Stage:
                     f"stage {self.name!r}: unknown {key} {value!r}.{did_you_mean(value, choices)} "
                     f"There are {', '.join(choices)}."
                 )
-        if not isinstance(self.frozen_dropout, bool):
-            raise self._fail("frozen_dropout", "write true or false")
+        for key in ("frozen_dropout", "by_probe"):
+            if not isinstance(getattr(self, key), bool):
+                raise self._fail(key, "write true or false")
         if self.optimizer is not None and not (isinstance(self.optimizer, str) and self.optimizer):
             raise self._fail("optimizer", "write an optim of transformers, such as adamw_torch or sgd")
         if self.augmentation is not None and not (self.augmentation and isinstance(self.augmentation, str | dict)):
@@ -235,6 +247,10 @@ class Stage:
         if self.batch_norm not in ("auto", "eval"):
             raise self._fail("batch_norm", "lora freezes the statistics of the backbone: write eval, or leave it out")
         self._set("batch_norm", "eval")
+
+    def _check_probe(self) -> None:
+        if self.solver != "gradient" and not self.trains_head_alone:
+            raise self._fail("solver", "a linear probe is a head, nothing else: write unfreeze: head, or leave it out")
 
     @property
     def adapters(self) -> LoraSettings | None:

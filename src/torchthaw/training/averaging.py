@@ -107,10 +107,8 @@ class AveragingTrainer(FrozenPartTrainer):
             collate_fn=self.data_collator,
         )
         for batch in loader:
-            inputs = self._prepare_inputs(batch) if self._part is None else self._at_border(batch, self._part)
-            with nullcontext() if self._part is None else self._part.border.resumed():
-                self.model(pixel_values=inputs["pixel_values"])
-            yield len(inputs["pixel_values"])
+            self._forward(batch)
+            yield len(batch["labels"])
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         average = self._progress.average

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
+from torchthaw.data.class_balance import count_weights
 from torchthaw.data.class_sampler import ClassSampler
 from torchthaw.data.views import ImageView
 from torchthaw.errors import PlanError
@@ -72,6 +73,13 @@ class BalancedTrainer(ReportingTrainer):
             stage=self._progress.stage_index,
             with_repeats=isinstance(self._train_data, ImageView),
         )
+
+    def _probe_weighting(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        loss, sampling = self.training_loss, self.balance.settings.sampling
+        if sampling is not None:
+            counts = np.asarray(list((self.balance.counts or {}).values()))
+            return torch.from_numpy(count_weights(counts, sampling)), None
+        return (None, None) if loss is None else (loss.weights, loss.shift)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Gets the batches of an optimizer step, with what the sum of their losses is to be divided by."""

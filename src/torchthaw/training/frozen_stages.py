@@ -4,7 +4,7 @@ The methods of `Trainer` that are overridden here were read in transformers 5.23
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -210,6 +210,12 @@ class FrozenPartTrainer(PrecisionTrainer):
         if values is None:
             values = part(inputs["pixel_values"])
         return {**inputs, "pixel_values": values}
+
+    def _forward(self, batch: dict[str, Any]) -> None:
+        """Runs a batch of training images, or of their values at the border, through the model."""
+        inputs = self._prepare_inputs(batch) if self._part is None else self._at_border(batch, self._part)
+        with nullcontext() if self._part is None else self._part.border.resumed():
+            self.model(pixel_values=inputs["pixel_values"])
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Returns the floating point operations of a batch, as `Trainer` guesses them; 0 for values at a border."""

@@ -74,6 +74,8 @@ class Progress:
         average: The running average of the stage's weights; None if there is none. In a checkpoint the averages are the
             model's weights, and what training goes on from stands here.
         adapters: What the stage's adapters hold; in a checkpoint only.
+        probe: What the stage's linear probe found; see `StageRecord`.
+        probe_macro_f1: Macro F1 on held-out training images of the run's last linear probe.
     """
 
     run_id: str
@@ -107,6 +109,8 @@ class Progress:
     candidate: Outcome | None = None
     average: WeightAverage | None = None
     adapters: Snapshot = field(default_factory=dict)
+    probe: dict[str, Any] | None = None
+    probe_macro_f1: float | None = None
 
     def start_stage(self, index: int, *, step: int, epoch: int) -> None:
         """Moves on to a stage, or back to its start."""
@@ -123,6 +127,7 @@ class Progress:
         self.live_dtype = None
         self.candidate = None
         self.average = None
+        self.probe = None
 
     def save(self, folder: Path, identity: dict[str, Any]) -> None:
         """Writes everything into a checkpoint's folder.

@@ -4,6 +4,7 @@ The methods of `Trainer` that are overridden were read in transformers 5.24.
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,13 @@ class RangeTestTrainer(StageCopyTrainer):
         super()._start_run(*args, **kwargs)
         self.rates: list[float] = []
         self.losses: list[float] = []
+
+    @property
+    def plan(self) -> StagePlan:
+        """The plan, in which a head that is fitted at once takes gradient steps."""
+        plan = super().plan
+        stages = [dataclasses.replace(stage, solver="gradient") for stage in plan.stages]
+        return dataclasses.replace(plan, stages=tuple(stages))
 
     def _length(self, planned: int) -> int:
         return self._most_steps

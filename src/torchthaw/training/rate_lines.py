@@ -9,6 +9,9 @@ import yaml
 from torchthaw.stages.plan import Stage
 from torchthaw.stages.rates import Rate, parse_range, scale_rates
 
+# What has no use for a rate, or chooses it.
+_WITHOUT_RATES = ("solver", "by_probe")
+
 
 def rounded(rate: float) -> float:
     """Returns a rate to two digits."""
@@ -43,7 +46,7 @@ def stage_line(written: Stage, full: Stage, learning_rate: Rate) -> str:
     entry: dict[str, Any] = {"name": written.name, "unfreeze": _plain(written.unfreeze)}
     for field in dataclasses.fields(Stage):
         value = getattr(written, field.name)
-        if field.name not in entry and value != field.default:
+        if field.name not in (*entry, *_WITHOUT_RATES) and value != field.default:
             entry[field.name] = value
     entry["learning_rate"] = learning_rate
     if full.layer_decay is not None and not full.trains_head_alone:

@@ -42,6 +42,10 @@ class StageRecord:
             to it, and with `ema` the `decay` of the last one; None where the weights were not averaged.
         wise_ft: Where the stage's best weights were mixed with those before it: `alpha`, the share of the stage's, and
             the validation `metric` of each share that was tried; `best_metric` and `comparison` are of the mixture.
+        probe: Where the head was fitted by logistic regression: the `penalty` that was chosen, the `loss` on all
+            training images, and `macro_f1` and `accuracy` on those of them that were held out in turn, and their number
+            (`held_out_images`); both None where nothing could be held out.
+        chosen: Why a stage with `by_probe` had the rates and the BatchNorm policy that it had.
     """
 
     name: str
@@ -69,6 +73,8 @@ class StageRecord:
     train_accuracy: dict[str, Any] | None = None
     average: dict[str, Any] | None = None
     wise_ft: dict[str, Any] | None = None
+    probe: dict[str, Any] | None = None
+    chosen: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as plain data."""

@@ -97,6 +97,8 @@ def conclude(
     rates = stage.learning_rates(list(groups))
     steps = state.global_step - progress.stage_start_step
     epochs = float(state.epoch or 0) - progress.stage_start_epoch
+    if stage.solver == "probe":
+        rates, epochs = dict.fromkeys(rates, 0.0), 1.0
     images = steps * images_per_step if num_images is None else round(epochs * num_images)
     best_step = None if candidate is None else candidate.step - progress.stage_start_step
     if best_step is not None and best_step <= 0:

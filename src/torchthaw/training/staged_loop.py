@@ -36,6 +36,7 @@ from torchthaw.training.completion import stage_arguments
 from torchthaw.training.datasets import length_of, stage_view
 from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.identity import identity_of
+from torchthaw.training.probing import ProbingTrainer
 from torchthaw.training.progress import Progress, read_state
 from torchthaw.training.records import StageRecord
 from torchthaw.training.resume import (
@@ -47,14 +48,14 @@ from torchthaw.training.resume import (
     write_journal,
 )
 from torchthaw.training.stage_end import conclude
-from torchthaw.training.wise_ft import MixingTrainer, note_mixture
+from torchthaw.training.wise_ft import note_mixture
 
 logger = logging.getLogger(__name__)
 
 RETRY_FACTOR = 0.1
 
 
-class StagedTrainer(MixingTrainer):
+class StagedTrainer(ProbingTrainer):
     """Runs the stages of a plan as one run of `Trainer`; `ThawTrainer` adds what users pass and read."""
 
     callback_handler: StagedCallbackHandler
@@ -182,7 +183,7 @@ class StagedTrainer(MixingTrainer):
     def _run_stage(self, checkpoint: Path | None, options: dict[str, Any]) -> StageRecord | None:
         """Runs a stage, or what is left of it; returns None if it is to run again at lower rates."""
         progress = self._progress
-        stage = self.plan.stages[progress.stage_index]
+        stage = self._chosen(self.plan.stages[progress.stage_index])
         self.stage = stage.at_lower_rate(RETRY_FACTOR) if progress.lower_rates else stage
         self._resumed = checkpoint is not None and self.state.global_step > progress.stage_start_step
         failure = None
@@ -269,6 +270,7 @@ class StagedTrainer(MixingTrainer):
         )  # fmt: skip
         record.average = self._describe_average()
         note_mixture(record, mixed)
+        self._note_probe(record)
         self._name_best()
         self._write_journal(finished=False)
         self.callback_handler.stage_event(

@@ -163,6 +163,8 @@ def _never_trained(course: Course) -> list[str]:
 
 def _too_low(course: Course, index: int, moved: float, left: float | None, seen: str) -> Finding | None:
     """The head has hardly moved; or a little, while its gradient is what it was."""
+    if course.records[index].probe is not None:
+        return None
     on_its_way = moved < _ON_ITS_WAY and left is not None and left > _UNSPENT and not _many_suspicious(course)
     if moved >= _STILL and not on_its_way:
         return None

@@ -1,0 +1,152 @@
+"""Head stages that are solved as what they are, a logistic regression, and stages that go by how well it did.
+
+The methods of `Trainer` that are overridden here were read in transformers 5.23 and are tested with 5.10.1 too.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from torchthaw.backbones.anatomy import uses_transformer_recipe
+from torchthaw.data.caches.digests import image_digests
+from torchthaw.data.probe_folds import joined_units, probe_folds
+from torchthaw.data.views import ImageView, collate
+from torchthaw.stages import auto
+from torchthaw.stages.linear_probe import ProbeFit, fit_linear_probe
+from torchthaw.stages.param_groups import param_groups
+from torchthaw.stages.plan import Stage, StagePlan
+from torchthaw.training import processes
+from torchthaw.training.probe_options import final_layer, settle_solvers
+from torchthaw.training.records import StageRecord
+from torchthaw.training.wise_ft import MixingTrainer
+
+
+class ProbingTrainer(MixingTrainer):
+    """Fits the head of stages whose `solver` is `probe` in their only step; chooses for stages with `by_probe`."""
+
+    @property
+    def plan(self) -> StagePlan:
+        return settle_solvers(super().plan, self.model, self.args, self._train_data, obstacle=self._obstacle())
+
+    def _obstacle(self) -> str | None:
+        """Returns what speaks against every linear probe of the run."""
+        if self.compute_loss_func is not None:
+            return "compute_loss_func was passed, whose minimum is not known"
+        if self.data_collator is not collate:
+            return "data_collator was passed, which may change images from epoch to epoch"
+        return None
+
+    def _is_probe(self) -> bool:
+        return self.stage is not None and self.stage.solver == "probe"
+
+    # What a stage with `by_probe` does
+
+    def _chosen(self, stage: Stage) -> Stage:
+        """Returns a stage with what the linear probe before it speaks for."""
+        choice = self._choice(stage)
+        if choice is None:
+            return stage
+        rate = cast(float, self.args.learning_rate)
+        return auto.chosen(stage, choice, head_rate=rate, transformer=self._is_transformer())
+
+    def _choice(self, stage: Stage | None) -> auto.Choice | None:
+        if stage is None or not stage.by_probe:
+            return None
+        return auto.choose(self._progress.probe_macro_f1, transformer=self._is_transformer())
+
+    def _is_transformer(self) -> bool:
+        return uses_transformer_recipe(self.model.config.architecture)
+
+    def _name_stage(self) -> None:
+        super()._name_stage()
+        choice = self._choice(self.stage)
+        # Not a field of TrainerState, whose saved form other code reads back strictly.
+        vars(self.state).update(stage_choice=None if choice is None else choice.reason)
+
+    def _note_probe(self, record: StageRecord) -> None:
+        """Writes into a stage's record what its probe found, or what an earlier one chose."""
+        choice = self._choice(self.stage)
+        record.probe = self._progress.probe
+        record.chosen = None if choice is None else choice.reason
+
+    # The probe
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self._is_probe():
+            return super().training_step(model, inputs, *args, **kwargs)
+        if self._progress.probe is None:
+            self._fit_head()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # That of all training images, in the place of one batch's.
+        probe = cast(dict[str, Any], self._progress.probe)
+        return torch.full_like(loss, probe["loss"] / self.current_gradient_accumulation_steps)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the stage's optimizer; that of a linear probe leaves the fitted head as it is."""
+        if self.optimizer is None and self._is_probe():
+            groups = param_groups(self.model, self.model.layer_groups(), cast(Stage, self.stage))
+            self.optimizer = torch.optim.SGD([{**group, "lr": 0.0} for group in groups], lr=0.0)
+        return super().create_optimizer(model)
+
+    def _average_kind(self) -> str:
+        return "none" if self._is_probe() else super()._average_kind()
+
+    def _fit_head(self) -> None:
+        fit = processes.on_main(self._fitted)
+        layer = final_layer(self.model)
+        with torch.no_grad():
+            for own, found in ((layer.weight, fit.weight), (layer.bias, fit.bias)):
+                cast(torch.Tensor, own).copy_(found)
+        self._progress.probe = {
+            "penalty": fit.penalty,
+            "loss": fit.loss,
+            "macro_f1": fit.macro_f1,
+            "accuracy": fit.accuracy,
+            "held_out_images": fit.images_held_out,
+        }
+        self._progress.probe_macro_f1 = fit.macro_f1
+
+    def _fitted(self) -> ProbeFit:
+        rows = cast(ImageView, self._train_data).dataset
+        groups = [rows["group"][:]] if "group" in rows.column_names else []
+        units = joined_units(image_digests(rows), *groups)
+        features, labels = self._head_inputs()
+        weights, shift = self._probe_weighting()
+        return fit_linear_probe(
+            features,
+            labels,
+            self.model.config.num_labels,
+            folds=probe_folds(labels.numpy(), units=units, seed=cast(int, self.args.data_seed)),
+            class_weights=weights,
+            shift=shift,
+        )
+
+    def _probe_weighting(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Returns the weight of each class in the loss, and what is added to its logits; None for neither."""
+        return None, None
+
+    @torch.no_grad()
+    def _head_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what the final layer gets for each training image, (N, d), and the labels, (N,)."""
+        data: Any = self.train_dataset
+        loader = DataLoader(
+            data,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.workers_for(data),
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),
+        )
+        seen: list[torch.Tensor] = []
+        labels: list[torch.Tensor] = []
+        hook = final_layer(self.model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+        self.model.eval()
+        try:
+            for batch in loader:
+                self._forward(batch)
+                labels.append(batch["labels"])
+        finally:
+            hook.remove()
+            self.model.train()
+        return torch.cat(seen), torch.cat(labels)
