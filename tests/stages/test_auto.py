@@ -1,0 +1,77 @@
+"""The rules of `plan: auto`, and the stages that they are for."""
+
+import dataclasses
+
+import pytest
+
+from torchthaw.errors import PlanError
+from torchthaw.stages.auto import FAR, NEAR, choose, chosen
+from torchthaw.stages.plan import Stage, StagePlan
+from torchthaw.stages.presets import fill_defaults, make_plan
+
+
+@pytest.mark.parametrize(
+    ("macro_f1", "rate", "batch_norm", "word"),
+    [
+        (None, 3e-4, "auto", "without a linear probe"),
+        (1.0, 3e-4, "auto", "near"),
+        (NEAR, 3e-4, "auto", "near"),
+        (NEAR - 1e-3, 1e-3, "auto", "farther"),
+        (FAR + 1e-3, 1e-3, "auto", "farther"),
+        (FAR, 1e-3, "train", "far"),
+        (0.0, 1e-3, "train", "far"),
+    ],
+)
+def test_rates_and_batch_norm_go_by_the_probe(macro_f1, rate, batch_norm, word):
+    choice = choose(macro_f1, transformer=False)
+    assert (choice.rate, choice.batch_norm) == (rate, batch_norm)
+    assert word in choice.reason
+    if macro_f1 is not None:
+        assert f"{macro_f1:.3f}" in choice.reason
+
+
+@pytest.mark.parametrize("macro_f1", [None, 0.1, 0.7, 0.95])
+def test_transformers_keep_the_defaults_of_their_family(macro_f1):
+    choice = choose(macro_f1, transformer=True)
+    assert (choice.rate, choice.batch_norm) == (2e-4, "auto")
+
+
+def test_a_stage_gets_what_was_chosen_and_keeps_what_was_given():
+    far = choose(0.2, transformer=False)
+    (stage,) = fill_defaults(StagePlan((Stage("all", by_probe=True),)), transformer=False).stages
+    assert (stage.learning_rate, stage.layer_decay) == (3e-4, 0.3)
+    found = chosen(stage, far, head_rate=1e-3, transformer=False)
+    assert found == dataclasses.replace(stage, learning_rate=1e-3, batch_norm="train")
+    given = dataclasses.replace(stage, batch_norm="eval", layer_decay=0.5)
+    found = chosen(given, far, head_rate=2e-3, transformer=False)
+    assert (found.batch_norm, found.layer_decay) == ("eval", 0.5)
+    assert found.learning_rate == pytest.approx(2e-3)  # all rates move with the head's
+
+
+def test_the_preset():
+    plan = make_plan("auto", epochs=5)
+    assert [(stage.name, stage.epochs, stage.solver, stage.by_probe) for stage in plan.stages] == [
+        ("head", 1, "auto", False),
+        ("all", 4, "gradient", True),
+    ]
+    assert StagePlan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unfreeze": "all", "solver": "probe"}, "write unfreeze: head"),
+        ({"unfreeze": 1, "solver": "auto"}, "write unfreeze: head"),
+        ({"unfreeze": "head", "solver": "prob"}, "Did you mean 'probe'"),
+        ({"by_probe": "yes"}, "write true or false"),
+    ],
+)
+def test_what_no_stage_can_be(options, message):
+    with pytest.raises(PlanError, match=message):
+        Stage("s", **options)
+
+
+def test_a_rate_is_given_or_chosen():
+    plan = StagePlan((Stage("all", learning_rate=1e-3, by_probe=True),))
+    with pytest.raises(PlanError, match=r"stage 'all': by_probe chooses the rates, but learning_rate is 0.001"):
+        fill_defaults(plan, transformer=False)

@@ -1,0 +1,261 @@
+"""Head stages that are linear probes, and stages that go by them, in whole runs."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from sklearn.linear_model import LogisticRegression
+
+from torchthaw import (
+    Stage,
+    ThawTrainer,
+    ThawTrainingArguments,
+    TorchvisionForImageClassification,
+    TorchvisionImageProcessor,
+    load_image_dataset,
+    split_dataset,
+)
+from torchthaw.errors import PlanError, TrainingError
+from torchthaw.training.callbacks import StageCallback
+from torchthaw.training.resume import has_checkpoint
+
+ARCHITECTURE = "shufflenet_v2_x0_5"
+WITH_DROPOUT = "mobilenet_v3_small"  # and with a hidden layer in the classifier
+CLASSES = ["ant", "bee", "cat"]
+PROBE = Stage("head", "head", solver="probe")
+ALL = Stage("all", "all", epochs=2, by_probe=True)
+
+
+class InterruptionError(Exception):
+    pass
+
+
+class Interrupt(StageCallback):
+    def __init__(self, event, step):
+        setattr(self, event, self.strike)
+        self.step = step
+
+    def strike(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise InterruptionError
+
+
+class After(StageCallback):
+    """Keeps the stages as they were run, and the weights after each."""
+
+    def __init__(self):
+        self.stages, self.weights = [], []
+
+    def on_stage_end(self, args, state, control, *, model, stage, **_):
+        self.stages.append(stage)
+        self.weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+
+@pytest.fixture
+def splits(make_image_folder):
+    return split_dataset(load_image_dataset(make_image_folder(per_class=16)), validation=0.25, seed=0)
+
+
+def shuffled(images):
+    labels = np.random.default_rng(0).permutation(images["label"]).tolist()
+    feature = images.features["label"]
+    return images.remove_columns("label").add_column("label", labels).cast_column("label", feature)
+
+
+def new_model(architecture=ARCHITECTURE, **options):
+    torch.manual_seed(0)
+    weights = "builtin" if architecture == ARCHITECTURE else None
+    return TorchvisionForImageClassification.from_torchvision(
+        architecture, weights=weights, id2label=CLASSES, **options
+    )
+
+
+@pytest.fixture
+def make(splits, tmp_path):
+    """Returns a function that makes the trainer of a run in a folder, `run` by default."""
+
+    def new_trainer(plan, folder="run", *, model=None, train=None, callbacks=(), kwargs=None, **options):
+        model = new_model() if model is None else copy.deepcopy(model)
+        defaults = {
+            "plan": plan, "per_device_train_batch_size": 8, "gate": "off", "use_cpu": True, "disable_tqdm": True,
+            "report_to": "none", "save_total_limit": None,
+        }  # fmt: skip
+        trainer = ThawTrainer(
+            model=model,
+            args=ThawTrainingArguments(output_dir=str(tmp_path / folder), **{**defaults, **options}),
+            train_dataset=splits["train"] if train is None else train,
+            eval_dataset=splits["validation"],
+            processing_class=TorchvisionImageProcessor.from_torchvision(
+                model.config.architecture, weights=None, image_size=32
+            ),
+            callbacks=list(callbacks),
+            **(kwargs or {}),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return trainer
+
+    return new_trainer
+
+
+def features_of(trainer, layer="classifier.3"):
+    """What the final layer gets for all training images, computed by the whole model, and their labels."""
+    model, seen = trainer.model.eval(), []
+    hook = model.backbone.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    data = trainer.train_dataset
+    pixels = torch.stack([trainer.processing_class(row["image"]["path"])["pixel_values"][0] for row in data.dataset])
+    with torch.no_grad():
+        model(pixel_values=pixels)
+    hook.remove()
+    return seen[0].double().numpy(), np.asarray(data.dataset["label"])
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, None),
+        ({"class_weights": {"ant": 3, "bee": 1, "cat": 0.5}}, {0: 3, 1: 1, 2: 0.5}),
+        ({"gradient_accumulation_steps": 2, "augmentation": "strong"}, None),
+    ],
+    ids=["plain", "weights", "accumulated"],
+)
+def test_the_head_is_the_logistic_regression_of_the_features(make, splits, options, weights):
+    # Hard to tell, so that the penalty matters.
+    trainer = make([PROBE], train=shuffled(splits["train"]), model=new_model(WITH_DROPOUT), **options)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    (record,) = trainer.stage_records
+    assert (record.steps, record.learning_rates) == (1, {"head": 0.0})
+    features, labels = features_of(trainer)
+    centered = features - features.mean(0)
+    scaled = centered / np.sqrt((centered**2).mean())
+    by_image = None if weights is None else np.array([weights[label] for label in labels])
+    total = len(labels) if by_image is None else by_image.sum()
+    expected = LogisticRegression(C=1 / (record.probe["penalty"] * total), tol=1e-8, max_iter=10_000)
+    expected.fit(scaled, labels, sample_weight=by_image)
+    head = trainer.model.backbone.classifier[3]
+    found = (torch.from_numpy(features).float() @ head.weight.T + head.bias).detach().softmax(1)
+    np.testing.assert_allclose(found.numpy(), expected.predict_proba(scaled), atol=2e-4)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != ("classifier.3" in name), name
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    log_loss = -np.log(expected.predict_proba(scaled)[np.arange(len(labels)), labels])
+    assert line["loss"] == pytest.approx(np.average(log_loss, weights=by_image), rel=1e-3)
+    assert record.probe["held_out_images"] == len(labels)
+
+
+def test_later_stages_go_by_the_probe(make, splits):
+    """Classes that differ by colour are told by any network; of shuffled labels nothing can be learned."""
+    seen = {}
+    for name, train in {"near": splits["train"], "far": shuffled(splits["train"])}.items():
+        after = After()
+        trainer = make([PROBE, ALL], name, train=train, callbacks=[after])
+        trainer.train()
+        seen[name] = (after.stages[1], *trainer.stage_records)
+    stage, probe, record = seen["near"]
+    assert probe.probe["macro_f1"] > 0.85
+    assert (stage.learning_rate, record.batch_norm) == (3e-4, "eval")
+    assert (record.chosen is not None, probe.chosen) == (True, None)
+    assert f"{probe.probe['macro_f1']:.3f}" in record.chosen
+    stage, probe, record = seen["far"]
+    assert probe.probe["macro_f1"] < 0.5
+    assert (stage.learning_rate, record.batch_norm) == (1e-3, "train")
+    assert record.learning_rates["head"] == 1e-3
+    assert "far from the pretraining" in record.chosen
+
+
+@pytest.mark.parametrize(
+    ("event", "step"),
+    [("on_step_begin", 0), ("on_step_end", 1), ("on_evaluate", 1), ("on_save", 1), ("on_save", 3), ("on_evaluate", 6)],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(make, splits, event, step):
+    train = shuffled(splits["train"])  # so that something else than the default is chosen
+    options = {
+        "train": train, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": False, "gate": "best",
+    }  # fmt: skip
+    whole = make([PROBE, ALL], "whole", **options)
+    whole.train()
+    broken = make([PROBE, ALL], callbacks=[Interrupt(event, step)], **options)
+    with pytest.raises(InterruptionError):
+        broken.train()
+    resumed = make([PROBE, ALL], **options)
+    resumed.train(resume_from_checkpoint=has_checkpoint(Path(broken.args.output_dir)))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    assert [(r.probe, r.chosen, r.batch_norm) for r in resumed.stage_records] == [
+        (r.probe, r.chosen, r.batch_norm) for r in whole.stage_records
+    ]
+
+
+def test_where_there_can_be_no_probe_the_head_takes_its_epochs(make):
+    squeezed = make("auto", model=new_model("squeezenet1_1"), num_train_epochs=2)
+    assert [stage.solver for stage in squeezed.plan.stages] == ["gradient", "gradient"]
+    assert squeezed.plan.stages[0].epochs == 1
+    squeezed.train()
+    assert squeezed.stage_records[0].probe is None
+    assert squeezed.stage_records[0].learning_rates == {"head": 1e-3}
+    assert "without a linear probe" in squeezed.stage_records[1].chosen
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "squeezenet1_1"}, "the head of squeezenet1_1 is no linear layer"),
+        ({"loss": "focal"}, "the focal loss"),
+        ({"kwargs": {"compute_loss_func": own_loss}}, "compute_loss_func was passed"),
+        ({"kwargs": {"data_collator": transformers.default_data_collator}}, "data_collator was passed"),
+        ({"train": "tensors"}, "gives tensors"),
+        ({"plan": [Stage("head", "head", solver="probe", augmentation="light")]}, "write augmentation: none"),
+    ],
+    ids=["head", "loss", "own loss", "collator", "tensors", "augmentation"],
+)
+def test_a_probe_that_cannot_be_is_refused(make, options, message):
+    options = dict(options)
+    if "model" in options:
+        options["model"] = new_model(options["model"])
+    if "train" in options:
+        options["train"] = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}] * 12
+    with pytest.raises(PlanError, match=f"stage 'head' has solver: probe, but .*{message}"):
+        make(options.pop("plan", [PROBE]), **options).train()
+
+
+def test_auxiliary_heads_and_several_labels(make):
+    model = new_model("googlenet", aux_logits=True)
+    with pytest.raises(PlanError, match="auxiliary heads"):
+        make([PROBE], model=model)
+
+
+def test_broken_features_are_said(make):
+    model = new_model()
+    with torch.no_grad():
+        model.backbone.conv1[0].weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="features of 36 of 36 images are not finite"):
+        make([PROBE], model=model, eval_on_start=False).train()
+
+
+def test_a_range_test_of_a_probe_takes_gradient_steps(make):
+    trainer = make([PROBE, ALL])
+    found = trainer.find_lr("head", steps=20)
+    assert len(found.rates) > 5
+    assert found.recipe is None or "solver" not in found.recipe
+    found = trainer.find_lr("all", steps=20, lead_steps=3)
+    assert found.recipe is None or "by_probe" not in found.recipe
+
+
+def test_what_a_run_saves_says_what_the_probe_found(make, tmp_path):
+    trainer = make("auto", num_train_epochs=2)
+    trainer.train()
+    trainer.save_run(str(tmp_path / "saved"))
+    results = json.loads((tmp_path / "saved" / "results.json").read_text())
+    assert results["stages"][0]["probe"]["macro_f1"] == trainer.stage_records[0].probe["macro_f1"]
+    card = " ".join((tmp_path / "saved" / "README.md").read_text().split())
+    assert "head: linear probe" in card
+    assert "was fitted at once, as a logistic regression" in card
+    assert "Rates and BatchNorm policy of stage all: the linear probe has macro F1" in card
