@@ -94,7 +94,8 @@ class WatchedTrainer(ThawTrainer):
         if (self.stage.name, self.state.global_step, RANK) == self.spoiled:
             inputs["pixel_values"][2, 0, 0, 0] = float("nan")
         where = (self.state.stage_index, int(self.state.epoch or 0), self.state.global_step)
-        self.seen.append((*where, [digest(image) for image in inputs["pixel_values"]]))
+        if "pixel_values" in inputs:  # and not what frozen layers made of them
+            self.seen.append((*where, [digest(image) for image in inputs["pixel_values"]]))
         return super().training_step(model, inputs, *args, **kwargs)
 
 
@@ -191,6 +192,14 @@ def adapters(folder, batch_size):
     """Low-rank adapters on a transformer, drawn by each process for itself."""
     plan = [HEAD, Stage("adapters", "all", epochs=2, learning_rate=1e-2, lora=4)]
     return staged(folder / f"adapters-{RANK}", batch_size, plan=plan, model=small_model("vit_b_16", seed=RANK))
+
+
+def probe(folder, batch_size):
+    """The head by logistic regression, then everything as that speaks for, over accumulated gradients."""
+    return staged(
+        folder / f"probe-{RANK}", batch_size // 2, plan="auto", num_train_epochs=3, gradient_accumulation_steps=2,
+        gate="off",
+    )  # fmt: skip
 
 
 def own_heads(folder, batch_size):

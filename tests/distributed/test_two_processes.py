@@ -78,7 +78,7 @@ def two(tmp_path_factory):
     """Two processes, that run many scenarios and are killed in the last one."""
     folder = tmp_path_factory.mktemp("two")
     scenarios = [
-        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "own_heads", "stream",
+        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "probe", "own_heads", "stream",
         "stream_read_by_each",
         "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image", "missing_checkpoint",
         "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
@@ -92,7 +92,7 @@ def one(two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     shutil.copytree(two.folder / "killed", folder / "killed")
     scenarios = [
-        "plain", "averaged", "weighted_draws", "pulled", "adapters", "stream", "resumed_with_other_batches", "resumed",
+        "plain", "averaged", "weighted_draws", "pulled", "adapters", "probe", "stream", "resumed_with_other_batches", "resumed",
     ]  # fmt: skip
     return Reports(folder, start(1, WORKER, folder, 12, *scenarios))
 
@@ -221,6 +221,19 @@ def test_draws_by_class_and_weighted_losses_are_those_of_one_process(two, one):
         assert largest_difference(first["weights"][stage], alone["weights"][stage]) < WEIGHT_TOLERANCE
     assert without_timings(first["log"]) == without_timings(second["log"])
     assert_close(without_timings(first["log"]), without_timings(alone["log"]), LOG_TOLERANCE)
+
+
+def test_a_linear_probe_and_what_goes_by_it_are_those_of_one_process(two, one):
+    first, second = two.good("probe")
+    (alone,) = one.good("probe")
+    assert [record["steps"] for record in alone["records"]] == [1, 4]
+    assert alone["records"][0]["probe"]["held_out_images"] == 24
+    assert "the linear probe has macro F1" in alone["records"][1]["chosen"]
+    assert decisions(first) == decisions(second)
+    assert_close(decisions(first), decisions(alone), LOG_TOLERANCE)
+    for stage in range(2):
+        assert bit_equal(first["weights"][stage], second["weights"][stage])
+        assert largest_difference(first["weights"][stage], alone["weights"][stage]) < WEIGHT_TOLERANCE
 
 
 def test_low_rank_adapters_are_those_of_one_process(two, one):
