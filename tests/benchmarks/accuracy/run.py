@@ -3,7 +3,7 @@
     python tests/benchmarks/accuracy/run.py --data ants=hymenoptera signs=sign-digits --weights FILE --seeds 0 1 2
     python tests/benchmarks/accuracy/run.py --data ants=hymenoptera --per-class 5 10 20 --plans staged head "full best"
     python tests/benchmarks/accuracy/run.py --data ants=hymenoptera --weights FILE --test-by-seed --reference fastai \\
-        --plans staged fastai 'flat={"stages": [{"name": "all", "unfreeze": "all", "learning_rate": 1e-4}]}'
+        --plans staged fastai 'flat={"stages": [{"name": "a", "unfreeze": "all", "epochs": 7, "learning_rate": 1e-4}]}'
     python tests/benchmarks/accuracy/run.py --data mri=brain-mri-yesno --without-copies --folds 5 --seeds 0 1 2
 
 Each run is the recipe of a user, from the data's audit to the best weights by validation macro F1; these are then
