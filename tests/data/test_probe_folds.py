@@ -43,7 +43,7 @@ def test_same_folds_for_the_same_seed_whatever_the_global_random_state(units):
         return folds.tolist()
 
     assert made(0) != made(1)
-    assert made(0, 100) != made(1, 100)
+    assert [fold >= 0 for fold in made(0, 100)] != [fold >= 0 for fold in made(1, 100)]
 
 
 @pytest.mark.parametrize("limit", [60, 150, 299])
@@ -115,7 +115,7 @@ def test_no_folds_where_there_cannot_be_two(labels, units, wanted):
     assert folds.tolist() == [-1] * len(labels)
 
 
-def test_folds_are_numbered_without_gaps_where_large_units_leave_some_empty():
+def test_no_fold_is_empty_where_a_few_units_have_most_images():
     random = np.random.default_rng(0)
     for _ in range(50):
         units = random.choice(6, 30, p=[0.6, 0.3, 0.04, 0.03, 0.02, 0.01])

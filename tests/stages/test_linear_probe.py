@@ -34,7 +34,7 @@ def standardised(features):
 
 def fit_by_scikit_learn(points, labels, penalty, weights=None):
     sample_weights = np.ones(len(labels)) if weights is None else weights.double().numpy()[labels]
-    model = LogisticRegression(C=1 / (penalty * sample_weights.sum()), tol=1e-12, max_iter=20000, solver="newton-cg")
+    model = LogisticRegression(C=1 / (penalty * sample_weights.sum()), tol=1e-8, max_iter=20000, solver="newton-cg")
     return model.fit(points, labels, sample_weight=sample_weights)
 
 

@@ -120,12 +120,10 @@ def _deal(classes: Ints, units: Ints, folds: int, seed: int) -> Ints:
         return none
     single = number_of_units == len(units)
     splitter = (StratifiedKFold if single else StratifiedGroupKFold)(possible, shuffle=True, random_state=seed)
-    found = none.copy()
+    found = none
     with warnings.catch_warnings():
         # A class with fewer images than folds is in some of them, which is all that can be done.
         warnings.filterwarnings("ignore", message="The least populated class")
         for fold, (_, held_out) in enumerate(splitter.split(classes, classes, None if single else units)):
             found[held_out] = fold
-    # Of few large groups some folds get none.
-    used, found = np.unique(found, return_inverse=True)
-    return found.astype(np.int64) if len(used) > 1 else none
+    return found

@@ -85,8 +85,8 @@ def fit_linear_probe(
     for three classes or more, and its solution does not depend on the order of the classes or on random numbers.
 
     The penalty is the one of `PENALTIES` with the least held-out loss, over the images of all folds, and of those that
-    are equal to 5 digits the strongest; weaker ones are not tried once that loss has risen twice in a row. Without two folds it is
-    `DEFAULT_PENALTY`.
+    are equal to 5 digits the strongest; weaker ones are not tried once that loss has risen twice in a row. Without two
+    folds it is `DEFAULT_PENALTY`.
 
     A class that has no images, or no weight, is not part of the fit. It gets weights of 0 and a bias with which it is
     nowhere the most likely class. Held-out images of a class that a fold does not train on count as mistakes, but not
