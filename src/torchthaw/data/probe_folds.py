@@ -118,14 +118,12 @@ def _deal(classes: Ints, units: Ints, folds: int, seed: int) -> Ints:
     possible = min(folds, number_of_units, int(np.unique(classes, return_counts=True)[1].max()))
     if possible < 2:
         return none
-    kind = StratifiedKFold if number_of_units == len(units) else StratifiedGroupKFold
-    splitter = kind(possible, shuffle=True, random_state=seed)
-    found = none.copy()
+    single = number_of_units == len(units)
+    splitter = (StratifiedKFold if single else StratifiedGroupKFold)(possible, shuffle=True, random_state=seed)
+    found = none
     with warnings.catch_warnings():
         # A class with fewer images than folds is in some of them, which is all that can be done.
         warnings.filterwarnings("ignore", message="The least populated class")
-        for fold, (_, held_out) in enumerate(splitter.split(classes, classes, groups=units)):
+        for fold, (_, held_out) in enumerate(splitter.split(classes, classes, None if single else units)):
             found[held_out] = fold
-    # Of few large groups some folds get none.
-    used, found = np.unique(found, return_inverse=True)
-    return found.astype(np.int64) if len(used) > 1 else none
+    return found

@@ -1,7 +1,7 @@
 """The best linear head on cached features: a multinomial logistic regression, its penalty chosen by cross-validation.
 
-Kumar et al. ("Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022) fit a linear
-head before they fine-tune the backbone ("LP-FT"): from a random head, the first steps would spoil the features.
+Kumar et al. ("Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022) fit a
+linear head before they fine-tune the backbone: from a random head, the first steps would spoil the features.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,13 @@ DEFAULT_PENALTY = 1e-2
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# Largest entry of the gradient, in preconditioned coordinates, as a share of the objective at the start.
+# Largest entry of the gradient, in preconditioned coordinates, as a share of the objective at the start: of the head,
+# of what is only judged, and of what is only a start for the next.
 _TOLERANCE = 1e-8
-_PATH_TOLERANCE = 2e-6
+_JUDGED_TOLERANCE = 1e-5
+_START_TOLERANCE = 1e-4
+# Held-out losses that differ by a smaller share are equal, as far as they are solved for.
+_LEAST_GAIN = 1e-5
 _MOST_ITERATIONS = 2000
 # Variances below this share of the largest one are rounding errors of the Gram matrix.
 _LEAST_VARIANCE = 1e-12
@@ -70,7 +74,9 @@ def fit_linear_probe(
     class_weights: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
 ) -> ProbeFit:
-    """Fits a linear head by minimising, to convergence and in float64,
+    """Fits a linear head by minimising an objective, in float64 and to convergence.
+
+    It is
 
         mean over images of cross_entropy(z @ W.T + b + shift, label) + penalty / 2 * sum(W ** 2)
 
@@ -78,9 +84,9 @@ def fit_linear_probe(
     penalty means the same for every backbone. That is scikit-learn's `LogisticRegression(C=1 / (penalty * N))` on `z`
     for three classes or more, and its solution does not depend on the order of the classes or on random numbers.
 
-    The penalty is the one of `PENALTIES` with the least held-out loss, over the images of all folds, and of equal ones
-    the strongest; weaker ones are not tried once that loss has risen twice in a row. Without two folds it is
-    `DEFAULT_PENALTY`.
+    The penalty is the one of `PENALTIES` with the least held-out loss, over the images of all folds, and of those that
+    are equal to 5 digits the strongest; weaker ones are not tried once that loss has risen twice in a row. Without two
+    folds it is `DEFAULT_PENALTY`.
 
     A class that has no images, or no weight, is not part of the fit. It gets weights of 0 and a bias with which it is
     nowhere the most likely class. Held-out images of a class that a fold does not train on count as mistakes, but not
@@ -227,7 +233,7 @@ class _Problem:
         """Minimises the objective by way of stronger penalties."""
         path: list[Floats] = []
         for stronger in [tried for tried in PENALTIES if tried > penalty]:
-            path.append(self.solve(path, stronger, _PATH_TOLERANCE))
+            path.append(self.solve(path, stronger, _START_TOLERANCE))
         return self.solve(path, penalty, _TOLERANCE)
 
     def solve(self, path: Sequence[Floats], penalty: float, tolerance: float) -> Floats:
@@ -365,7 +371,7 @@ def _cross_validate(
             held_out = folds == number
             # Made anew for each penalty: those of all folds at once would be several copies of the points.
             problem = _Problem(points[~held_out], variances, labels[~held_out], weights, shifts)
-            path.append(problem.solve(path, penalty, _PATH_TOLERANCE))
+            path.append(problem.solve(path, penalty, _JUDGED_TOLERANCE))
             logits = points[held_out] @ path[-1][:, :-1].T + path[-1][:, -1]
             guesses[penalty][held_out] = problem.present[logits.argmax(axis=1)]
             known = np.isin(labels[held_out], problem.present)
@@ -378,8 +384,7 @@ def _cross_validate(
         losses[penalty] = float(total / weight)
         if _rose_twice(list(losses.values())):
             break
-    # Of equal ones the first, which is the strongest.
-    penalty = min(losses, key=losses.__getitem__)
+    penalty = next(tried for tried, loss in losses.items() if loss <= (1 + _LEAST_GAIN) * min(losses.values()))
     found = guesses[penalty]
     return _Choice(
         penalty,
