@@ -103,7 +103,7 @@ class Recipe(_Section):
             model.
         cv_final: Whether a cross-validation ends with a model that is trained on the images of all folds; it alone
             reads the test images.
-        plan: `head`, `partial`, `two_phase`, `staged` or `full`; not together with `stages`.
+        plan: `auto`, `head`, `partial`, `two_phase`, `staged` or `full`; not together with `stages`.
         epochs: Length of the plan, shared out over its stages; None takes 7.
         stages: Explicit stages instead of `plan`, with the keys of `Stage`.
         learning_rate: Rate of a new head; rates that the plan leaves open move in proportion. None takes the default

@@ -2,7 +2,7 @@
 
 A linear probe that tells held-out training images well says that the pretrained features fit these images, so that
 large steps would rather spoil them; one that does not says that they have far to go. See README for what was measured
-by `tests/benchmarks/accuracy.py`, and on which images the numbers here were chosen.
+by `tests/benchmarks/accuracy/run.py`, and on which images the numbers here were chosen.
 """
 
 import dataclasses
