@@ -92,7 +92,8 @@ def one(two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     shutil.copytree(two.folder / "killed", folder / "killed")
     scenarios = [
-        "plain", "averaged", "weighted_draws", "pulled", "adapters", "probe", "stream", "resumed_with_other_batches", "resumed",
+        "plain", "averaged", "weighted_draws", "pulled", "adapters", "probe", "stream", "resumed_with_other_batches",
+        "resumed",
     ]  # fmt: skip
     return Reports(folder, start(1, WORKER, folder, 12, *scenarios))
 
