@@ -78,6 +78,7 @@ class StageResult(_Part):
     ended_early: str | None = None
     probe: Probe | None = None
     chosen: str | None = None
+    selection: str = "best"
 
 
 class ModelFacts(_Part):

@@ -31,6 +31,11 @@ _SHAPES: dict[str, tuple[tuple[str, str | int, int], ...]] = {
     "full": (("all", "all", 7),),
     "auto": (("head", "head", 1), ("all", "all", 6)),
 }
+# What stages say beside that.
+_MORE: dict[tuple[str, str], dict[str, Any]] = {
+    ("auto", "head"): {"solver": "auto"},
+    ("auto", "all"): {"by_probe": True, "selection": "one_se"},
+}
 PRESETS = tuple(_SHAPES)
 PlanLike = StagePlan | Sequence[Stage] | Mapping[str, Any] | str
 DEFAULT_EPOCHS = 7
@@ -75,12 +80,10 @@ def preset_plan(name: str, *, epochs: int | None = None) -> StagePlan:
         raise PlanError(f"unknown plan {name!r}.{did_you_mean(name, PRESETS)} There are {', '.join(PRESETS)}.")
     shape = _SHAPES[name]
     lengths = _share_out(DEFAULT_EPOCHS if epochs is None else epochs, [weight for _, _, weight in shape], name)
-    stages = []
-    for (stage, unfreeze, _), length in zip(shape, lengths, strict=True):
-        made = Stage(name=stage, unfreeze=unfreeze, epochs=length)
-        if name == "auto":
-            made = dataclasses.replace(made, **({"solver": "auto"} if made.trains_head_alone else {"by_probe": True}))
-        stages.append(made)
+    stages = [
+        Stage(name=stage, unfreeze=unfreeze, epochs=length, **_MORE.get((name, stage), {}))
+        for (stage, unfreeze, _), length in zip(shape, lengths, strict=True)
+    ]
     return StagePlan(stages=tuple(stages), name=name)
 
 

@@ -23,6 +23,7 @@ SCHEDULES = (
 ON_NAN = ("stop", "retry")
 AVERAGES = ("none", "ema", "swa")
 SOLVERS = ("gradient", "probe", "auto")
+SELECTIONS = ("best", "one_se")
 SMALLEST_IMAGE = 16
 
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -95,6 +96,10 @@ class Stage:
             `auto` by a probe where there can be one (see `probe_obstacle`), by gradient steps elsewhere.
         by_probe: Whether the rates, and the BatchNorm policy where it is `auto`, are chosen by how well the linear
             probe of an earlier stage told held-out training images (see `stages.auto`); not with a `learning_rate`.
+        selection: Which of the stage's validated weights it proposes: the `best`, of equal ones the first; or `one_se`,
+            the last that are not worse than the best by more than the standard error of the difference (the one
+            standard error rule: Breiman et al., Classification and Regression Trees, 1984), since with few validation
+            images the best epoch is mostly luck, and the last one has trained at the lowest rates.
 
     Raises:
         PlanError: a value is out of range or contradicts another.
@@ -125,6 +130,7 @@ class Stage:
     lora: int | Mapping[str, Any] | None = None
     solver: Literal["gradient", "probe", "auto"] = "gradient"
     by_probe: bool = False
+    selection: Literal["best", "one_se"] = "best"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name):
@@ -210,6 +216,7 @@ class Stage:
             ("on_nan", ON_NAN),
             ("average", AVERAGES),
             ("solver", SOLVERS),
+            ("selection", SELECTIONS),
         ):
             value = getattr(self, key)
             if value not in choices and not (key == "average" and value is None):

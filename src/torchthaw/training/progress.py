@@ -18,6 +18,7 @@ from torchthaw.training.records import StageRecord
 STATE_FILE = "stage_state.json"
 TENSORS_FILE = "stage_state.safetensors"
 _SNAPSHOTS = ("before", "adapters")
+_OUTCOMES = ("kept", "candidate", "peak")
 
 
 @dataclass
@@ -70,7 +71,9 @@ class Progress:
         records: The stages that are done.
         before: What the stage can change, as it was before it.
         kept: The validated weights that the stage started from; None if they were not validated.
-        candidate: The best validated weights of this stage.
+        candidate: The validated weights that this stage would propose.
+        peak: The best validation of this stage, without weights; that of `candidate` unless the stage's `selection`
+            prefers later ones.
         average: The running average of the stage's weights; None if there is none. In a checkpoint the averages are the
             model's weights, and what training goes on from stands here.
         adapters: What the stage's adapters hold; in a checkpoint only.
@@ -107,6 +110,7 @@ class Progress:
     before: Snapshot = field(default_factory=dict)
     kept: Outcome | None = None
     candidate: Outcome | None = None
+    peak: Outcome | None = None
     average: WeightAverage | None = None
     adapters: Snapshot = field(default_factory=dict)
     probe: dict[str, Any] | None = None
@@ -125,7 +129,7 @@ class Progress:
         self.validations_without_gain = 0
         self.frozen_part = {}
         self.live_dtype = None
-        self.candidate = None
+        self.candidate = self.peak = None
         self.average = None
         self.probe = None
 
@@ -137,13 +141,14 @@ class Progress:
             identity: What the run is of (see `resume.identity_of`).
         """
         tensors = {f"{key}/{name}": tensor for key in _SNAPSHOTS for name, tensor in getattr(self, key).items()}
-        plain = vars(self).keys() - {*_SNAPSHOTS, "kept", "candidate"}
+        plain = vars(self).keys() - {*_SNAPSHOTS, *_OUTCOMES}
         state = {key: value for key, value in vars(self).items() if key in plain}
         if self.average is not None:
             state["average"] = {key: getattr(self.average, key) for key in ("kind", "decay", "updates")}
             tensors.update({f"trained/{name}": tensor for name, tensor in self.average.replaced.items()})
         state["records"] = [record.to_dict() for record in self.records]
-        for key, outcome in (("kept", self.kept), ("candidate", self.candidate)):
+        for key in _OUTCOMES:
+            outcome = getattr(self, key)
             state[key] = None if outcome is None else _describe(outcome)
             if outcome is not None:
                 tensors.update({f"{key}/{name}": tensor for name, tensor in _tensors_of(outcome).items()})
@@ -157,7 +162,7 @@ class Progress:
         state = read_state(folder)["progress"]
         tensors = load_file(folder / TENSORS_FILE)
         state["records"] = [StageRecord(**record) for record in state["records"]]
-        for key in ("kept", "candidate"):
+        for key in _OUTCOMES:
             state[key] = None if state[key] is None else _outcome(state[key], _below(tensors, key))
         if state["average"] is not None:
             state["average"] = WeightAverage(**state["average"], replaced=_below(tensors, "trained"))
@@ -189,8 +194,9 @@ def _describe(outcome: Outcome) -> dict[str, Any]:
 
 def _tensors_of(outcome: Outcome) -> Snapshot:
     arrays = {"logits": outcome.measured.logits, "labels": outcome.measured.labels}
+    # Copied, since safetensors refuses tensors that share memory, as those of `candidate` and `peak` may.
     measured = {
-        f"measured/{name}": torch.from_numpy(np.ascontiguousarray(array))
+        f"measured/{name}": torch.from_numpy(np.array(array, order="C"))
         for name, array in arrays.items()
         if array is not None
     }

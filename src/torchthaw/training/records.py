@@ -45,6 +45,7 @@ class StageRecord:
         probe: Where the head was fitted by logistic regression: the `penalty` that was chosen, the `loss` on all
             training images, and `macro_f1` and `accuracy` on those of them that were held out in turn, and their number
             (`held_out_images`); both None where nothing could be held out.
+        selection: Which of its validated weights the stage proposed; see `Stage`.
         chosen: Why a stage with `by_probe` had the rates and the BatchNorm policy that it had.
     """
 
@@ -74,6 +75,7 @@ class StageRecord:
     average: dict[str, Any] | None = None
     wise_ft: dict[str, Any] | None = None
     probe: dict[str, Any] | None = None
+    selection: str = "best"
     chosen: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

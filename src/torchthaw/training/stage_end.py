@@ -127,6 +127,7 @@ def conclude(
         frozen_part=progress.frozen_part,
         live_dtype=progress.live_dtype,
         train_accuracy=train_accuracy,
+        selection=stage.selection,
     )
     progress.records.append(record)
     return record

@@ -290,12 +290,12 @@ class StagedTrainer(ProbingTrainer):
         progress = self._progress
         put_back(self.model, progress.before)
         failures = [*progress.failures, failure]
-        candidate, without_gain = progress.candidate, progress.validations_without_gain
+        candidate, peak, without_gain = progress.candidate, progress.peak, progress.validations_without_gain
         if candidate is not None:
             put_back(self.model, cast(dict[str, torch.Tensor], candidate.weights))
         progress.start_stage(progress.stage_index, step=self.state.global_step, epoch=math.ceil(self.state.epoch))
         progress.lower_rates, progress.failures = True, failures
-        progress.candidate, progress.validations_without_gain = candidate, without_gain
+        progress.candidate, progress.peak, progress.validations_without_gain = candidate, peak, without_gain
 
     def _move_on(self, record: StageRecord) -> bool:
         """Makes the next stage the current one; returns False if the run is over."""

@@ -14,10 +14,13 @@ from torchthaw.evaluation.multilabel_figures import log_loss
 from torchthaw.stages.low_rank import take_merged_snapshot, with_adapted_weights
 from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
-from torchthaw.training.gate import Measured
+from torchthaw.training.gate import Measured, compare
 from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.guarded_steps import GuardedTrainer
 from torchthaw.training.progress import Outcome, Progress
+
+# Two-sided p-value of a normal variate at one standard deviation.
+_ONE_STANDARD_ERROR = math.erfc(math.sqrt(0.5))
 
 
 class ValidatingTrainer(GuardedTrainer):
@@ -67,17 +70,33 @@ class ValidatingTrainer(GuardedTrainer):
         new = self._outcome(metrics)
         is_best_of_run = super()._determine_best_metric(metrics, trial)
         progress = self._progress
-        best = progress.candidate
+        best = progress.peak
         gained = best is None or math.isnan(best.measured.value) or self._is_better(new, best)
         progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
-        if gained or not self.args.load_best_model_at_end:
+        taken = gained or not self.args.load_best_model_at_end or self._is_as_good(new)
+        if gained:
+            progress.peak = Outcome(new.step, new.metrics, new.measured)
+        if taken:
             new.weights = take_merged_snapshot(self.model, with_adapted_weights(self.model, self._live_names))
             progress.candidate = new
         patience = self.stage.patience if self.stage else None
         if patience is not None and progress.validations_without_gain >= patience:
             progress.stage_over = f"{patience} validations in a row without a better {self._metric_name()}"
             self.control.should_epoch_stop = True
-        return is_best_of_run or gained
+        return is_best_of_run or taken
+
+    def _is_as_good(self, new: Outcome) -> bool:
+        """Whether later weights take the place of better ones, since by one standard error they are no worse.
+
+        Never at the cost of what makes the stage better than the weights before it.
+        """
+        peak, before = self._progress.peak, self._progress.kept
+        if self.stage is None or self.stage.selection != "one_se" or peak is None:
+            return False
+        if before is not None and self._is_better(peak, before) and not self._is_better(new, before):
+            return False
+        p_value = compare(self._metric_name(), peak.measured, new.measured, seed=self.args.seed).p_value
+        return p_value is not None and p_value >= _ONE_STANDARD_ERROR
 
     def _is_better(self, new: Outcome, old: Outcome) -> bool:
         if self.args.greater_is_better:
