@@ -50,7 +50,8 @@ def run(tmp_path, script, *, selection="one_se", gate="best", epochs=3):
     trainer = Scripted(
         model=model,
         args=ThawTrainingArguments(
-            output_dir=str(tmp_path), plan=[Stage("all", "all", epochs=epochs, learning_rate=1e-3, selection=selection)],
+            output_dir=str(tmp_path),
+            plan=[Stage("all", "all", epochs=epochs, learning_rate=1e-3, selection=selection)],
             per_device_train_batch_size=10, gate=gate, use_cpu=True, disable_tqdm=True, report_to="none",
             metric_for_best_model="accuracy",
         ),
