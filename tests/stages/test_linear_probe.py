@@ -115,7 +115,7 @@ def test_the_penalty_is_chosen_by_what_scikit_learn_has_on_held_out_images(shape
     points, ids = standardised(features), labels.numpy()
     in_folds = folds >= 0
     each = (torch.ones(4) if weights is None else weights).numpy()[ids]
-    losses, guesses = {}, {}
+    losses, errors, guesses = {}, {}, {}
     for penalty in fit.penalties:
         probabilities = np.zeros((len(ids), 4))
         for fold in range(4):
@@ -124,8 +124,13 @@ def test_the_penalty_is_chosen_by_what_scikit_learn_has_on_held_out_images(shape
             probabilities[held_out] = model.predict_proba(points[held_out])
         losses[penalty] = log_loss(ids[in_folds], probabilities[in_folds], sample_weight=each[in_folds])
         guesses[penalty] = probabilities[in_folds].argmax(axis=1)
+        by_image = -np.log(probabilities[np.arange(len(ids)), ids][in_folds])
+        shares = each[in_folds] / each[in_folds].sum()
+        errors[penalty] = np.sqrt((shares**2 * (by_image - losses[penalty]) ** 2).sum())
     assert fit.penalties == pytest.approx(losses, rel=1e-4)
-    assert fit.penalty == min(losses, key=losses.get)
+    best = min(losses, key=losses.get)
+    assert fit.penalty == max(tried for tried in losses if losses[tried] <= losses[best] + errors[best])
+    assert fit.penalty > best, "one standard error makes a difference"
     found = guesses[fit.penalty]
     assert fit.macro_f1 == pytest.approx(f1_score(ids[in_folds], found, average="macro"))
     assert fit.accuracy == pytest.approx((found == ids[in_folds]).mean())

@@ -17,8 +17,8 @@ from sklearn.metrics import f1_score
 from torchthaw.errors import TrainingError
 
 # Tried from strong to weak.
-PENALTIES = tuple(10.0 ** (-step / 2) for step in range(11))
-DEFAULT_PENALTY = 1e-2
+PENALTIES = tuple(10.0 ** (1 - step / 2) for step in range(13))
+DEFAULT_PENALTY = 1.0
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -84,9 +84,11 @@ def fit_linear_probe(
     penalty means the same for every backbone. That is scikit-learn's `LogisticRegression(C=1 / (penalty * N))` on `z`
     for three classes or more, and its solution does not depend on the order of the classes or on random numbers.
 
-    The penalty is the one of `PENALTIES` with the least held-out loss, over the images of all folds, and of those that
-    are equal to 5 digits the strongest; weaker ones are not tried once that loss has risen twice in a row. Without two
-    folds it is `DEFAULT_PENALTY`.
+    The penalty is the strongest of `PENALTIES` whose held-out loss, over the images of all folds, is within one standard
+    error of the least one (the one standard error rule: Breiman et al., Classification and Regression Trees, 1984;
+    Friedman, Hastie and Tibshirani, 2010, for logistic regression). It tells held-out images about as well as the best
+    one, and is less sure of the training images, so that fine-tuning has something left to learn from them. Weaker
+    penalties are not tried once the loss has risen twice in a row. Without two folds it is `DEFAULT_PENALTY`.
 
     A class that has no images, or no weight, is not part of the fit. It gets weights of 0 and a bias with which it is
     nowhere the most likely class. Held-out images of a class that a fold does not train on count as mistakes, but not
@@ -362,9 +364,10 @@ def _cross_validate(
         number: [] for number in np.unique(folds) if weights[labels[folds != number]].any()
     }
     losses: dict[float, float] = {}
+    errors: dict[float, float] = {}
     guesses: dict[float, Ints] = {}
     for penalty in PENALTIES:
-        total = weight = 0.0
+        by_image, of_image = np.zeros(len(labels)), np.zeros(len(labels))
         # Where a fold has nothing to train on, images are given no class.
         guesses[penalty] = np.full(len(labels), -1)
         for number, path in paths.items():
@@ -374,17 +377,21 @@ def _cross_validate(
             path.append(problem.solve(path, penalty, _JUDGED_TOLERANCE))
             logits = points[held_out] @ path[-1][:, :-1].T + path[-1][:, -1]
             guesses[penalty][held_out] = problem.present[logits.argmax(axis=1)]
-            known = np.isin(labels[held_out], problem.present)
-            own = labels[held_out][known]
-            log_p = log_softmax(logits[known] + problem.shifts.T, axis=1)
-            total -= weights[own] @ log_p[np.arange(len(own)), np.searchsorted(problem.present, own)]
-            weight += weights[own].sum()
-        if not weight > 0:
+            known = np.flatnonzero(held_out)[np.isin(labels[held_out], problem.present)]
+            own = labels[known]
+            log_p = log_softmax(logits[np.isin(labels[held_out], problem.present)] + problem.shifts.T, axis=1)
+            by_image[known] = -log_p[np.arange(len(own)), np.searchsorted(problem.present, own)]
+            of_image[known] = weights[own]
+        total = of_image.sum()
+        if not total > 0:
             return None
-        losses[penalty] = float(total / weight)
+        losses[penalty] = float(of_image @ by_image / total)
+        errors[penalty] = float(np.linalg.norm(of_image * (by_image - losses[penalty])) / total)
         if _rose_twice(list(losses.values())):
             break
-    penalty = next(tried for tried, loss in losses.items() if loss <= (1 + _LEAST_GAIN) * min(losses.values()))
+    best = min(losses, key=losses.__getitem__)
+    limit = losses[best] * (1 + _LEAST_GAIN) + errors[best]
+    penalty = next(tried for tried, loss in losses.items() if loss <= limit)
     found = guesses[penalty]
     return _Choice(
         penalty,
