@@ -84,10 +84,10 @@ def fit_linear_probe(
     penalty means the same for every backbone. That is scikit-learn's `LogisticRegression(C=1 / (penalty * N))` on `z`
     for three classes or more, and its solution does not depend on the order of the classes or on random numbers.
 
-    The penalty is the strongest of `PENALTIES` whose held-out loss, over the images of all folds, is within one standard
-    error of the least one (the one standard error rule: Breiman et al., Classification and Regression Trees, 1984;
-    Friedman, Hastie and Tibshirani, 2010, for logistic regression). It tells held-out images about as well as the best
-    one, and is less sure of the training images, so that fine-tuning has something left to learn from them. Weaker
+    The penalty is the strongest of `PENALTIES` whose held-out loss, over the images of all folds, is within one
+    standard error of the least one (the one standard error rule: Breiman et al., Classification and Regression Trees,
+    1984; Friedman, Hastie and Tibshirani, 2010, for logistic regression). It tells held-out images about as well as the
+    best one, and is less sure of the training images, so that fine-tuning has something left to learn from them. Weaker
     penalties are not tried once the loss has risen twice in a row. Without two folds it is `DEFAULT_PENALTY`.
 
     A class that has no images, or no weight, is not part of the fit. It gets weights of 0 and a bias with which it is
