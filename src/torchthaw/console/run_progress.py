@@ -106,7 +106,7 @@ class RunProgressCallback(StageCallback):
         choice = getattr(state, "stage_choice", None)
         if choice:
             rate = stage.learning_rate if isinstance(stage.learning_rate, float) else None
-            at = "" if rate is None else f" (head at {rate:g}, BatchNorm {stage.batch_norm})"
+            at = "" if rate is None else f" (up to {rate:g})"
             self._reporter.say(f"stage {stage.name}: {choice}{at}")
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

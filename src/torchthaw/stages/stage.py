@@ -94,8 +94,8 @@ class Stage:
             by logistic regression on the features of all training images, whose strength of regularization is chosen by
             cross-validation among them (see `fit_linear_probe`), so that length, rates and schedule do not matter;
             `auto` by a probe where there can be one (see `probe_obstacle`), by gradient steps elsewhere.
-        by_probe: Whether the rates, and the BatchNorm policy where it is `auto`, are chosen by how well the linear
-            probe of an earlier stage told held-out training images (see `stages.auto`); not with a `learning_rate`.
+        by_probe: Whether the rates are chosen by how well the linear probe of an earlier stage told held-out training
+            images (see `stages.auto`); not together with a `learning_rate`.
         selection: Which of the stage's validated weights it proposes: the `best`, of equal ones the first; or `one_se`,
             the last that are not worse than the best by more than the standard error of the difference (the one
             standard error rule: Breiman et al., Classification and Regression Trees, 1984), since with few validation

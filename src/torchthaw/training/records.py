@@ -46,7 +46,7 @@ class StageRecord:
             training images, and `macro_f1` and `accuracy` on those of them that were held out in turn, and their number
             (`held_out_images`); both None where nothing could be held out.
         selection: Which of its validated weights the stage proposed; see `Stage`.
-        chosen: Why a stage with `by_probe` had the rates and the BatchNorm policy that it had.
+        chosen: Why a stage with `by_probe` had the rates that it had.
     """
 
     name: str
