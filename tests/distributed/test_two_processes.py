@@ -446,3 +446,16 @@ def test_the_command_line_gives_one_document_and_one_folder(make_image_folder, t
     assert [path.name for path in tmp_path.iterdir() if path != data] == ["out"]
     assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors", "recipe.yaml", "stages"}
     assert json.loads((out / "stages" / "journal.json").read_text())["finished"] is True
+
+
+def test_processes_that_are_done_end_well(tmp_path):
+    """Left to the end of Python, gloo's threads abort one of two processes every other time."""
+    script = tmp_path / "done.py"
+    script.write_text(
+        "from torchthaw.training import processes\n"
+        "processes.join()\n"
+        "assert processes.gather(processes.place()[0]) == [0, 1]\n"
+    )
+    for _ in range(4):
+        code, _, stderr = start(2, script)
+        assert code == 0, stderr

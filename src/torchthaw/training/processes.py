@@ -3,6 +3,7 @@
 Every function but `is_distributed` and `is_main` must be called by all processes, in the same order.
 """
 
+import atexit
 import os
 import pickle
 import sys
@@ -31,6 +32,20 @@ def join() -> None:
         with _stdout_kept_free():
             # Without being told, accelerate leaves processes on CPUs to themselves.
             PartialState(cpu=best_device().type == "cpu")
+        leave_at_exit()
+
+
+def leave_at_exit() -> None:
+    """Lets this process leave the others before Python ends: gloo's threads would abort it then, after all is done."""
+    if is_distributed() and "nccl" not in dist.get_backend_config():
+        # Once, however often it is asked for.
+        atexit.unregister(_leave)
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -119,6 +119,7 @@ class ThawTrainer(BalancedTrainer):
                 f"{started} processes were started, but each would train for itself, since there is no GPU for them; "
                 "pass ThawTrainingArguments(use_cpu=True) to train together on CPUs"
             )
+        processes.leave_at_exit()
         # `model_init` makes its model only here.
         complete_arguments(args, self.model)
         if self.model.config.several_labels and own_metrics is classification_compute_metrics:
