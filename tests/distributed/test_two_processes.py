@@ -232,10 +232,10 @@ def test_a_linear_probe_and_what_goes_by_it_are_those_of_one_process(two, one):
     assert "the linear probe has macro F1" in alone["records"][1]["chosen"]
     assert decisions(first) == decisions(second)
     assert_close(decisions(first), decisions(alone), LOG_TOLERANCE)
-    # From slightly different heads on, small gradients differ in more than their last digits.
-    for stage, tolerance in enumerate((WEIGHT_TOLERANCE, 10 * WEIGHT_TOLERANCE)):
+    # The fit ends where its gradient is as good as 0, from features that differ in their last digits.
+    for stage in range(2):
         assert bit_equal(first["weights"][stage], second["weights"][stage])
-        assert largest_difference(first["weights"][stage], alone["weights"][stage]) < tolerance
+        assert largest_difference(first["weights"][stage], alone["weights"][stage]) < 10 * WEIGHT_TOLERANCE
 
 
 def test_low_rank_adapters_are_those_of_one_process(two, one):
