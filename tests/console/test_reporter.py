@@ -99,6 +99,12 @@ def test_the_bar_fits_with_any_name(width, name):
         assert figure in text
 
 
+def test_the_time_left_is_the_runs_as_soon_as_it_is_known():
+    known = [(None, None), (None, 75.0), (3725.0, 75.0)]
+    shown = [RunBar("", lambda times=times: times).left() for times in known]
+    assert shown == ["- left (stage)", "1:15 left (stage)", "1:02:05 left"]
+
+
 def test_texts():
     assert as_time(59.6) == "1:00"
     assert as_time(3725) == "1:02:05"
