@@ -177,6 +177,21 @@ def test_rates_and_decay_of_the_recipe_count(run, make_image_folder):
     assert {group["weight_decay"] for group in everything} == {0.2}
 
 
+def test_a_linear_probe_and_what_it_chooses(run, make_image_folder):
+    line = [*SMALL, "--data", make_image_folder(per_class=16), "--set", "plan=auto", "--set", "epochs=3"]
+    code, stdout, stderr = run("staged", *line, "--json")
+    assert code == 0, stderr
+    head, everything = json.loads(stdout)["stages"]
+    assert [(s["solver"], s["by_probe"], s["steps"]) for s in (head, everything)] == [
+        ("probe", False, 1),
+        ("gradient", True, 2 * 6),
+    ]
+    assert {group["learning_rate"] for group in head["groups"]} == {None}
+    _, _, stderr = run("staged", *line)
+    assert ["head", "linear probe", "1", "0", "cosine", "none"] in cells(stderr)
+    assert "The linear probe chooses the rates of all; shown are those of the backbone's family." in stderr
+
+
 @pytest.mark.parametrize(
     ("gate", "line"),
     [

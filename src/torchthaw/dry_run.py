@@ -140,11 +140,11 @@ def plan_rows(
         l2_sp: Pull towards the weights that the run begins with, in the place of weight decay of the backbone.
 
     Returns:
-        For each stage its `name`, length (`epochs` is a fraction where the stage is counted in steps), `warmup_steps`,
-        settings, and `groups`, input to output: `parameters`, `trainable_parameters` and `not_decayed_parameters`
-        (trainable ones without weight decay) as numbers of scalars; peak `learning_rate` and `weight_decay` (None
-        where there is nothing to which it applies); `batch_norm`, which is "frozen" in frozen groups, the policy in
-        live ones, and None without BatchNorm.
+        For each stage its `name`, `solver`, `by_probe`, length (`epochs` is a fraction where the stage is counted in
+        steps), `warmup_steps`, settings, and `groups`, input to output: `parameters`, `trainable_parameters` and
+        `not_decayed_parameters` (trainable ones without weight decay) as numbers of scalars; peak `learning_rate` and
+        `weight_decay` (None where there is nothing to which it applies); `batch_norm`, which is "frozen" in frozen
+        groups, the policy in live ones, and None without BatchNorm.
 
     Raises:
         PlanError: a stage does not fit the model.
@@ -196,6 +196,7 @@ def _group_rows(
     l2_sp: float | None,
 ) -> list[dict[str, Any]]:
     groups = model.layer_groups()
+    by_steps = stage.solver != "probe"
     in_optimizer = {entry["name"]: entry for entry in param_groups(model, groups, stage, l2_sp=l2_sp)}
     rows = []
     for name, group in groups.items():
@@ -207,8 +208,8 @@ def _group_rows(
                 "parameters": _scalars(group.parameters.values()),
                 "trainable_parameters": sum(_scalars(entry["params"]) for entry in (decayed, rest) if entry),
                 "not_decayed_parameters": _scalars(rest["params"]) if rest else 0,
-                "learning_rate": trained["lr"] if trained else None,
-                "weight_decay": decayed["weight_decay"] if decayed else None,
+                "learning_rate": trained["lr"] if trained and by_steps else None,
+                "weight_decay": decayed["weight_decay"] if decayed and by_steps else None,
                 "batch_norm": (FROZEN if name in frozen else policy) if batch_norms(group) else None,
             }
         )
@@ -284,6 +285,11 @@ def _print(
             f"L2-SP {document['l2_sp']:g}: in place of weight decay, the backbone's weights are pulled towards those "
             "that training begins with."
         ]
+    by_probe = [stage["name"] for stage in stages if stage["by_probe"]]
+    if by_probe and any(stage["solver"] == "probe" for stage in stages):
+        reporter.say(
+            f"The linear probe chooses the rates of {', '.join(by_probe)}; shown are those of the backbone's family."
+        )
     for line in (_frozen_line(plan), *pulled, _gate_line(document), *on_imbalance, *last):
         reporter.say(line)
 

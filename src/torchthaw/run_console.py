@@ -8,6 +8,7 @@ from rich.text import Text
 
 from torchthaw.console import Reporter
 from torchthaw.single_run import Job
+from torchthaw.stages.plan import Stage
 from torchthaw.training.augmented_figures import difference_line
 from torchthaw.training.diagnosis import Finding
 from torchthaw.training.trainer import ThawTrainer
@@ -19,26 +20,16 @@ def announce(job: Job, trainer: ThawTrainer, reporter: Reporter) -> None:
     sizes = ", ".join(f"{len(images)} {split}" for split, images in data.splits.items())
     reporter.say(f"{recipe.backbone} ({recipe.weights or 'random weights'}), {len(data.class_names)} classes, {sizes}")
     groups = list(trainer.model.layer_groups())
+    probes = any(stage.solver == "probe" for stage in trainer.plan.stages)
     rows = []
     for stage in trainer.plan.stages:
         rates = stage.learning_rates(groups)
-        shown = (
-            "-"
-            if stage.solver == "probe"
-            else (
-                f"{min(rates.values()):.1e} - {max(rates.values()):.1e}"
-                if len(rates) > 1
-                else f"{rates[groups[-1]]:.1e}"
-            )
-        )
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs} epochs"
-        if stage.solver == "probe":
-            length = "linear probe"
-        if stage.by_probe:
-            shown += " (or as the probe says)"
         trained = _trained(list(rates), groups)
         if stage.adapters is not None:
             trained += f" (LoRA of rank {stage.adapters.rank})"
+        length = "linear probe" if stage.solver == "probe" else length
+        shown = _shown_rates(stage, rates, has_probe=probes)
         rows.append((stage.name, trained, length, shown, trainer.batch_norm_policy(stage)))
     chosen = f"best weights by validation {job.metric}" if "validation" in data.splits else "no validation"
     reporter.table(
@@ -155,6 +146,15 @@ def next_commands(job: Job) -> list[str]:
     if job.recipe.push.repo is None:
         commands.append(f"torchthaw push {output} USER/NAME")
     return [*commands, f"python: pipeline('image-classification', model={str(job.output)!r})"]
+
+
+def _shown_rates(stage: Stage, rates: Mapping[str, float], *, has_probe: bool) -> str:
+    if stage.solver == "probe":
+        return "-"
+    if stage.by_probe and has_probe:
+        return "by the probe"
+    low, high = min(rates.values()), max(rates.values())
+    return f"{low:.1e} - {high:.1e}" if len(rates) > 1 else f"{high:.1e}"
 
 
 def _trained(live: Sequence[str], groups: Sequence[str]) -> str:
