@@ -20,6 +20,7 @@ from torchthaw import (
     split_dataset,
 )
 from torchthaw.errors import PlanError, TrainingError
+from torchthaw.training import probe_options
 from torchthaw.training.callbacks import StageCallback
 from torchthaw.training.resume import has_checkpoint
 
@@ -224,6 +225,14 @@ def test_a_probe_that_cannot_be_is_refused(make, options, message):
         options["train"] = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}] * 12
     with pytest.raises(PlanError, match=f"stage 'head' has solver: probe, but .*{message}"):
         make(options.pop("plan", [PROBE]), **options).train()
+
+
+def test_a_probe_that_would_take_long_is_no_probe(make, monkeypatch):
+    assert make("auto", num_train_epochs=2).plan.stages[0].solver == "probe"
+    monkeypatch.setattr(probe_options, "MOST_WORK", 36 * 1024 * 3 - 1)  # of images, features and classes
+    assert make("auto", num_train_epochs=2).plan.stages[0].solver == "gradient"
+    with pytest.raises(PlanError, match="for 36 images and 3 classes it would take longer"):
+        make([PROBE])
 
 
 def test_auxiliary_heads_and_several_labels(make):

@@ -14,6 +14,9 @@ from torchthaw.errors import PlanError
 from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.training.arguments import ThawTrainingArguments
 
+# Images x features x classes: some hundred times as many multiplications take minutes on a few cores.
+MOST_WORK = 2e10
+
 
 def final_layer(model: TorchvisionForImageClassification) -> nn.Module:
     """Returns the layer that gives the logits."""
@@ -31,7 +34,8 @@ def probe_obstacle(
         args: The run's arguments.
         data: Its training images; None where they are not known.
     """
-    if not isinstance(final_layer(model), nn.Linear):
+    head = final_layer(model)
+    if not isinstance(head, nn.Linear):
         return f"the head of {model.config.architecture} is no linear layer on features"
     if model.config.aux_logits:
         return "the auxiliary heads would stay as they were drawn; write aux_logits: false for the model"
@@ -41,6 +45,8 @@ def probe_obstacle(
         return "the focal loss is not that of logistic regression"
     if not isinstance(data, ImageView | ImageDataset | None):
         return "the training data is a stream, or gives tensors, which may differ from epoch to epoch"
+    if data is not None and len(data) * head.weight.numel() > MOST_WORK:
+        return f"for {len(data)} images and {head.out_features} classes it would take longer than epochs of steps"
     if stage.augmentation is not None and make_augmentation(stage.augmentation) is not None:
         return "it has an augmentation of its own; write augmentation: none"
     return None
