@@ -152,7 +152,7 @@ def assert_same_training(start, stage, optimizer, *, size, steps, lr, tolerance)
 @pytest.mark.parametrize(("architecture", "aux_logits", "size"), [f[:3] for f in FAMILIES if f[0] != "wide_resnet50_2"])
 def test_training_is_the_same_in_double_precision(architecture, aux_logits, size, stage):
     start = new_model(architecture, aux_logits, size, torch.float64)
-    assert_same_training(start, stage, torch.optim.SGD, size=size, steps=2, lr=1e-3, tolerance=1e-6)
+    assert_same_training(start, stage, torch.optim.SGD, size=size, steps=2, lr=1e-3, tolerance=1e-5)
 
 
 # In single precision the sums round differently, and a ReLU that flips changes the gradient in steps. AdamW makes steps
