@@ -71,6 +71,7 @@ class RunProgressCallback(StageCallback):
         self._mark = 0.0
         self._training_loss: float | None = None
         self._said_step, self._said_at = 0, now()
+        self._in_steps = ""
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -101,8 +102,7 @@ class RunProgressCallback(StageCallback):
         self._bar.stage, self._bar.doing = stage.name, ""
         self._bar.rate = self._bar.loss = self._bar.waiting = None
         self._bar.step, self._bar.steps = state.global_step, state.max_steps
-        if stage.solver == "probe":
-            self._bar.doing = "linear probe"
+        self._in_steps = "linear probe" if stage.solver == "probe" else ""
         choice = getattr(state, "stage_choice", None)
         if choice:
             rate = stage.learning_rate if isinstance(stage.learning_rate, float) else None
@@ -113,7 +113,7 @@ class RunProgressCallback(StageCallback):
         """Ends the pause between epochs."""
         self._mark = self._now()
         self._time_left.resume(self._mark)
-        self._bar.doing = ""
+        self._bar.doing = self._in_steps
         self._bar.epoch, self._bar.epochs = math.floor(state.epoch or 0) + 1, state.num_train_epochs
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

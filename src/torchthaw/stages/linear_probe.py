@@ -377,9 +377,10 @@ def _cross_validate(
             path.append(problem.solve(path, penalty, _JUDGED_TOLERANCE))
             logits = points[held_out] @ path[-1][:, :-1].T + path[-1][:, -1]
             guesses[penalty][held_out] = problem.present[logits.argmax(axis=1)]
-            known = np.flatnonzero(held_out)[np.isin(labels[held_out], problem.present)]
+            is_known = np.isin(labels[held_out], problem.present)
+            known = np.flatnonzero(held_out)[is_known]
             own = labels[known]
-            log_p = log_softmax(logits[np.isin(labels[held_out], problem.present)] + problem.shifts.T, axis=1)
+            log_p = log_softmax(logits[is_known] + problem.shifts.T, axis=1)
             by_image[known] = -log_p[np.arange(len(own)), np.searchsorted(problem.present, own)]
             of_image[known] = weights[own]
         total = of_image.sum()

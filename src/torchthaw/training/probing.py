@@ -1,6 +1,6 @@
 """Head stages that are solved as what they are, a logistic regression, and stages that go by how well it did.
 
-The methods of `Trainer` that are overridden here were read in transformers 5.23 and are tested with 5.10.1 too.
+The methods of `Trainer` that are overridden here were read in transformers 5.24.
 """
 
 from typing import Any, cast
