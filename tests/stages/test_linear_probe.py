@@ -10,7 +10,8 @@ from sklearn.metrics import f1_score, log_loss
 from torch.nn import functional as F
 
 from torchthaw.errors import TrainingError
-from torchthaw.stages.linear_probe import DEFAULT_PENALTY, PENALTIES, fit_linear_probe
+from torchthaw.stages.linear_probe import DEFAULT_PENALTY, fit_linear_probe
+from torchthaw.stages.logistic_regression import PENALTIES
 
 # The reference is solved as far as rounding allows, of which scikit-learn warns.
 pytestmark = pytest.mark.filterwarnings(
