@@ -136,6 +136,7 @@ def test_overrides_reach_nested_keys():
         ({"data": {"path": "p"}}, "backbone is missing"),
         ({"backbone": "resnet18"}, "names no data; pass --data"),
         ({**MINIMAL, "batch_size": 0}, "batch_size is 0"),
+        ({**MINIMAL, "batch_size": "most"}, "batch_size is .most.: .*valid integer.*; or Input should be .auto."),
         ({**MINIMAL, "learning_rate": 0}, "learning_rate is 0"),
         ({**MINIMAL, "metric": "f1"}, "metric is 'f1'"),
         ({**MINIMAL, "data": {"path": "p", "validation": 1.5}}, "data.validation is 1.5"),
@@ -192,3 +193,9 @@ def test_checking_a_recipe_needs_no_torch():
 def test_a_plan_error_is_a_user_error():
     assert issubclass(PlanError, ThawError)
     assert Path(packaged_recipes()["staged"]).is_file()
+
+
+@pytest.mark.parametrize(("images", "size"), [(None, 32), (512, 32), (511, 16), (64, 16), (40, 10), (3, 1)])
+def test_batches_of_few_images_are_small(images, size):
+    assert load_recipe(MINIMAL).images_per_step(images) == size
+    assert load_recipe({**MINIMAL, "batch_size": 64}).images_per_step(images) == 64

@@ -88,7 +88,10 @@ def make_folds(recipe: Recipe, data: PreparedData, metric: str) -> list[Prepared
     made = fold_dataset(images, folds=recipe.cv, seed=recipe.seed, by=recipe.data.split_by, together=data.together)
     for number, splits in enumerate(made, start=1):
         with as_user_error():
-            check_data(training_arguments(recipe, metric=metric, folder=Path("stages")), splits["train"])
+            arguments = training_arguments(
+                recipe, num_images=len(splits["train"]), metric=metric, folder=Path("stages")
+            )
+            check_data(arguments, splits["train"])
         origins = {
             "train": {"origin": "the other folds", "share": None},
             "validation": {"origin": f"fold {number} of {recipe.cv}", "share": None},
@@ -164,7 +167,10 @@ def final_recipe(recipe: Recipe, stages: Sequence[Mapping[str, Any]], policies: 
         length: dict[str, Any] = {"epochs": max(1, math.ceil(median(vote["best_epochs"])))}
         if stage.steps is not None:
             length = {"steps": max(1, math.ceil(median(vote["best_steps"])))}
-        policy = cast(Any, policies[stage.name]) if stage.batch_norm == "auto" else stage.batch_norm
+        policy = stage.batch_norm
+        # Where the probe chose to train BatchNorm, that of the final model chooses again, as it belongs to a new head.
+        if policy == "auto" and not (stage.by_probe and policies[stage.name] == "train"):
+            policy = cast(Any, policies[stage.name])
         kept.append(dataclasses.replace(stage, patience=None, batch_norm=policy, **length))
     if not kept:
         raise TrainingError(

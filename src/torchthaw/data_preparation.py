@@ -176,7 +176,7 @@ def _judge(
                 backbone=recipe.backbone,
                 weights=recipe.weights,
                 image_size=recipe.image_size,
-                batch_size=recipe.batch_size,
+                batch_size=recipe.images_per_step(),
                 num_workers=None if recipe.num_workers == "auto" else recipe.num_workers,
             )
         examined.seconds["features"] = seconds

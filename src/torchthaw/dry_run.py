@@ -66,10 +66,12 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     source_task(recipe)
     data = prepare_images(recipe, reporter, features=False)
     metric = selection_metric(recipe, data)
-    settings = RunSettings(recipe.optimizer, recipe.batch_size, _image_size(recipe), recipe.max_grad_norm)
+    settings = _settings(recipe, len(data.splits["train"]))
     with as_user_error():
         # The folder is only a name here: arguments write nothing.
-        arguments = training_arguments(recipe, metric=metric, folder=Path("stages"))
+        arguments = training_arguments(
+            recipe, num_images=len(data.splits["train"]), metric=metric, folder=Path("stages")
+        )
         check_data(arguments, data.splits["train"])
         folds = [data] if recipe.cv is None else make_folds(recipe, data, metric)
         model = _empty_model(recipe, data.class_names, settings.image_size)
@@ -85,7 +87,8 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     sizes = {split: len(images) for split, images in data.splits.items()}
     fold_sizes = [{split: len(images) for split, images in fold.splits.items()} for fold in folds]
     planned = [
-        plan_rows(model, plan, num_images=fold["train"], settings=settings, l2_sp=recipe.l2_sp) for fold in fold_sizes
+        plan_rows(model, plan, num_images=fold["train"], settings=_settings(recipe, fold["train"]), l2_sp=recipe.l2_sp)
+        for fold in fold_sizes
     ]
     steps = [_steps(stages) for stages in planned]
     stages = planned[0]
@@ -112,6 +115,10 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         }
     _print(document, plan, settings, reporter, balance.sentences(metric))
     return document
+
+
+def _settings(recipe: Recipe, num_images: int) -> RunSettings:
+    return RunSettings(recipe.optimizer, recipe.images_per_step(num_images), _image_size(recipe), recipe.max_grad_norm)
 
 
 def _with_augmentation(plan: StagePlan, run: Any) -> StagePlan:
@@ -288,7 +295,8 @@ def _print(
     by_probe = [stage["name"] for stage in stages if stage["by_probe"]]
     if by_probe and any(stage["solver"] == "probe" for stage in stages):
         reporter.say(
-            f"The linear probe chooses the rates of {', '.join(by_probe)}; shown are those of the backbone's family."
+            f"The linear probe chooses the rates of {', '.join(by_probe)}, and what BatchNorm does; shown is what "
+            "stands without one."
         )
     for line in (_frozen_line(plan), *pulled, _gate_line(document), *on_imbalance, *last):
         reporter.say(line)

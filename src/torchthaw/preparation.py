@@ -62,11 +62,14 @@ def build_model(
     return model, processor
 
 
-def training_arguments(recipe: Recipe, *, metric: str, folder: Path, validates: bool = True) -> ThawTrainingArguments:
+def training_arguments(
+    recipe: Recipe, *, num_images: int, metric: str, folder: Path, validates: bool = True
+) -> ThawTrainingArguments:
     """Returns the trainer's arguments for a recipe.
 
     Args:
         recipe: The recipe.
+        num_images: Number of training images.
         metric: What chooses the best weights.
         folder: Where checkpoints and journal go.
         validates: Whether there are validation images; without them, every stage keeps its last weights.
@@ -82,8 +85,8 @@ def training_arguments(recipe: Recipe, *, metric: str, folder: Path, validates: 
             weight_decay=recipe.weight_decay,
             l2_sp=recipe.l2_sp,
             augmentation=recipe.augmentation,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=recipe.batch_size,
+            per_device_train_batch_size=recipe.images_per_step(num_images),
+            per_device_eval_batch_size=recipe.images_per_step(),
             metric_for_best_model=metric,
             eval_strategy="epoch" if validates else "no",
             load_best_model_at_end=validates,

@@ -23,6 +23,9 @@ from torchthaw.training.imbalance import ImbalanceSettings
 
 # The default of `load_image_dataset`, whose import takes long.
 _SEPARATOR = "|"
+# Of `batch_size: auto`.
+_BATCH, _SMALLER_BATCH = 32, 16
+_FEW_IMAGES = 512
 
 
 class _Section(BaseModel):
@@ -113,7 +116,8 @@ class Recipe(_Section):
             weight decay (L2-SP); null for none.
         augmentation: `none`, `light`, `medium`, `strong`, or its fields.
         image_size: Side of the square input, in pixels; None takes that of the weights.
-        batch_size: Images per step and device.
+        batch_size: Images per step and device; `auto` takes 32; of fewer than 512 training images 16, and at most a
+            quarter of them, since epochs of a few steps teach little.
         metric: What chooses the best weights: `accuracy`, `macro_f1`, or `auto`, which takes macro F1 when the largest
             class has at least twice the images of the smallest. Where images may have several labels also `map` (mean
             average precision, which `auto` takes) and `micro_f1`; `accuracy` then counts images all of whose labels are
@@ -181,7 +185,7 @@ class Recipe(_Section):
     l2_sp: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     augmentation: str | dict[str, Any] | None = None
     image_size: int | None = Field(default=None, ge=16)
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     metric: Literal["auto", "accuracy", "macro_f1", "map", "micro_f1"] = "auto"
     thresholds: Annotated[float, Field(gt=0, lt=1)] | Literal["per_class"] = 0.5
     gate: Literal["best", "significant", "off"] = "best"
@@ -234,6 +238,18 @@ class Recipe(_Section):
             for stage in plan.stages
         ]
         return StagePlan(tuple(stages), plan.name)
+
+    def images_per_step(self, num_images: int | None = None) -> int:
+        """Returns the batch size, per device.
+
+        Args:
+            num_images: Number of training images, which `auto` goes by; None where it is unknown, or does not matter.
+        """
+        if self.batch_size != "auto":
+            return self.batch_size
+        if num_images is None or num_images >= _FEW_IMAGES:
+            return _BATCH
+        return max(1, min(_SMALLER_BATCH, num_images // 4))
 
     def to_yaml(self) -> str:
         """Returns the complete recipe, from which the run can be repeated."""
@@ -320,7 +336,7 @@ def data_section(source: str, given: Mapping[str, Any]) -> DataRecipe:
     try:
         return DataRecipe.model_validate({"path": source, "validation": 0.0, **given})
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(problem) for problem in error.errors())) from error
+        raise RecipeError("\n".join(_explanations(error))) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -382,25 +398,40 @@ def _validate(data: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        messages = [_explain(problem) for problem in error.errors()]
-        raise RecipeError(f"{where} does not fit:\n" + "\n".join(f"  - {message}" for message in messages)) from error
+        lines = "\n".join(f"  - {message}" for message in _explanations(error))
+        raise RecipeError(f"{where} does not fit:\n{lines}") from error
 
 
-def _explain(problem: Any) -> str:
-    location = [part for part in problem["loc"] if not str(part).startswith(("function", "tagged", "dict["))]
+# Parts of a location that name no key but a type that was tried there.
+_TYPES = ("function", "tagged", "dict[", "constrained-", "literal[")
+
+
+def _explanations(error: ValidationError) -> list[str]:
+    """Returns what is wrong with each value; what each of several types has against it is one sentence."""
+    by_value: dict[str, list[str]] = {}
+    for problem in error.errors():
+        what, why = _explain(problem)
+        by_value.setdefault(what, []).append(why)
+    return [what + "; or ".join(reasons) for what, reasons in by_value.items()]
+
+
+def _explain(problem: Any) -> tuple[str, str]:
+    """Returns which value it is about, and what is wrong with it; nothing more where the first says it all."""
+    location = [part for part in problem["loc"] if not str(part).startswith(_TYPES)]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         section = _SECTIONS.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
         known = list(section.model_fields)
-        return f"unknown key {key!r}.{did_you_mean(location[-1], known)} Known keys: {', '.join(known)}."
+        return f"unknown key {key!r}.{did_you_mean(location[-1], known)} Known keys: {', '.join(known)}.", ""
     if key == "problem_type" and problem["input"] == "regression":
         return (
             "problem_type is 'regression', to estimate a number, which torchthaw does not do: it classifies images. "
-            "Make classes of the numbers, such as ranges, and write problem_type: single_label"
+            "Make classes of the numbers, such as ranges, and write problem_type: single_label",
+            "",
         )
     if problem["type"] == "missing":
-        return f"{key} is missing; write, for example, {key}: resnet50"
-    return f"{key} is {problem['input']!r}: {problem['msg']}"
+        return f"{key} is missing; write, for example, {key}: resnet50", ""
+    return f"{key} is {problem['input']!r}: ", problem["msg"]
 
 
 def _check_consistency(recipe: Recipe, where: str) -> None:

@@ -69,7 +69,11 @@ def make_trainer(job: Job) -> ThawTrainer:
     trainer = ThawTrainer(
         model=model,
         args=training_arguments(
-            job.recipe, metric=job.metric, folder=job.output / "stages", validates="validation" in splits
+            job.recipe,
+            num_images=len(splits["train"]),
+            metric=job.metric,
+            folder=job.output / "stages",
+            validates="validation" in splits,
         ),
         train_dataset=splits["train"],
         eval_dataset=splits.get("validation"),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from torchthaw.errors import PlanError
-from torchthaw.stages.auto import NEAR, choose, chosen
+from torchthaw.stages.auto import FAR_IMAGES, FAR_SHIFT, NEAR, Findings, choose, chosen, shift_matters
 from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.stages.presets import fill_defaults, make_plan
 
@@ -21,8 +21,8 @@ from torchthaw.stages.presets import fill_defaults, make_plan
     ],
 )
 def test_rates_go_by_the_probe(macro_f1, rate, word):
-    choice = choose(macro_f1, transformer=False)
-    assert choice.rate == rate
+    choice = choose(Findings(macro_f1, shift=FAR_SHIFT - 1e-3), transformer=False)
+    assert (choice.rate, choice.relearns) == (rate, False)
     assert word in choice.reason
     if macro_f1 is not None:
         assert f"{macro_f1:.3f}" in choice.reason
@@ -30,11 +30,43 @@ def test_rates_go_by_the_probe(macro_f1, rate, word):
 
 @pytest.mark.parametrize("macro_f1", [None, 0.1, 0.7, 0.95])
 def test_transformers_keep_the_defaults_of_their_family(macro_f1):
-    assert choose(macro_f1, transformer=True).rate == 2e-4
+    choice = choose(Findings(macro_f1, shift=2.0), transformer=True)
+    assert (choice.rate, choice.relearns) == (2e-4, False)
+
+
+@pytest.mark.parametrize("macro_f1", [0.1, 0.95])
+def test_far_images_train_batch_norm_and_a_new_head(macro_f1):
+    far = choose(Findings(macro_f1, shift=FAR_SHIFT), transformer=False)
+    assert (far.rate, far.relearns) == (1e-3, True)
+    assert "0.50 from the pretrained ones" in far.reason
+    (stage,) = fill_defaults(StagePlan((Stage("all", by_probe=True),)), transformer=False).stages
+    found = chosen(stage, far, head_rate=2e-3, transformer=False)
+    relearning = {"learning_rate": 2e-3, "batch_norm": "train", "new_head": True}
+    assert found == dataclasses.replace(stage, layer_decay=1.0, **relearning)
+    given = dataclasses.replace(stage, layer_decay=0.6)
+    found = chosen(given, far, head_rate=2e-3, transformer=False)
+    assert found == dataclasses.replace(stage, layer_decay=0.6, **relearning)
+
+
+@pytest.mark.parametrize(
+    ("matters", "change"),
+    [
+        (True, {}),
+        (False, {"images": FAR_IMAGES - 1}),
+        (False, {"images": None}),
+        (False, {"batch_size": 31}),
+        (False, {"transformer": True}),
+        (False, {"stage": Stage("all", by_probe=True, batch_norm="eval")}),
+    ],
+)
+def test_when_the_shift_matters(matters, change):
+    given = {"stage": Stage("all", by_probe=True), "images": FAR_IMAGES, "batch_size": 32, "transformer": False}
+    given.update(change)
+    assert shift_matters(given.pop("stage"), **given) is matters
 
 
 def test_a_stage_gets_what_was_chosen_and_keeps_what_was_given():
-    far = choose(0.2, transformer=False)
+    far = choose(Findings(0.2), transformer=False)
     (stage,) = fill_defaults(StagePlan((Stage("all", by_probe=True),)), transformer=False).stages
     assert (stage.learning_rate, stage.layer_decay) == (3e-4, 0.3)
     found = chosen(stage, far, head_rate=1e-3, transformer=False)
@@ -61,11 +93,17 @@ def test_the_preset():
         ({"unfreeze": 1, "solver": "auto"}, "write unfreeze: head"),
         ({"unfreeze": "head", "solver": "prob"}, "Did you mean 'probe'"),
         ({"by_probe": "yes"}, "write true or false"),
+        ({"new_head": 1}, "write true or false"),
     ],
 )
 def test_what_no_stage_can_be(options, message):
     with pytest.raises(PlanError, match=message):
         Stage("s", **options)
+
+
+def test_a_new_head_has_to_train():
+    with pytest.raises(PlanError, match="new_head is True; the head does not train: add head to unfreeze"):
+        Stage("s", ("layer*",), new_head=True).live_groups(["stem", "layer1", "head"])
 
 
 def test_a_rate_is_given_or_chosen():

@@ -1,6 +1,7 @@
 """Head stages that are linear probes, and stages that go by them, in whole runs."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from torchthaw import (
     load_image_dataset,
     split_dataset,
 )
+from torchthaw.backbones.norm_shift import statistics_shift
+from torchthaw.data.views import ImageView
 from torchthaw.errors import PlanError, TrainingError
+from torchthaw.stages import auto
 from torchthaw.training import probe_options
 from torchthaw.training.callbacks import StageCallback
 from torchthaw.training.resume import has_checkpoint
@@ -168,12 +172,73 @@ def test_later_stages_go_by_the_probe(make, splits):
     assert "larger steps" in record.chosen
 
 
+@pytest.fixture
+def everything_is_far(monkeypatch):
+    """Lets few images in small batches count as far from those of pretraining."""
+    for name, value in {"FAR_IMAGES": 8, "FAR_SHIFT": 0.0, "SMALL_BATCH": 8}.items():
+        monkeypatch.setattr(auto, name, value)
+
+
+class Heads(StageCallback):
+    """Keeps the weights of the head at the begin of each stage."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_stage_begin(self, args, state, control, *, model, **_):
+        self.weights.append(model.backbone.fc.weight.detach().clone())
+
+
+@pytest.mark.usefixtures("everything_is_far")
+def test_far_images_train_batch_norm_and_a_new_head(make, splits):
+    after, heads = After(), Heads()
+    trainer = make([PROBE, ALL], callbacks=[after, heads])
+    view = ImageView(splits["train"], trainer.processing_class)
+    expected = statistics_shift(trainer.model, [torch.stack([sample["pixel_values"] for sample in view])])
+    trainer.train()
+    record = trainer.stage_records[1]
+    assert f"are {expected:.2f} from the pretrained ones" in record.chosen
+    assert (record.batch_norm, after.stages[1].new_head, after.stages[1].learning_rate) == ("train", True, 1e-3)
+    assert after.weights[0]["backbone.fc.weight"].abs().sum() > 0
+    assert torch.equal(heads.weights[1], torch.zeros_like(heads.weights[1]))
+    assert after.weights[1]["backbone.fc.weight"].abs().sum() > 0
+    name = "backbone.conv5.1.running_var"
+    assert not torch.equal(after.weights[0][name], after.weights[1][name])
+
+
+@pytest.mark.usefixtures("everything_is_far")
+def test_a_head_learned_anew_in_vain_gives_way_to_the_old_one(make, splits):
+    after = After()
+    last = Stage("all", "all", steps=1, by_probe=True)
+    trainer = make([PROBE, last], gate="best", min_gain=0.5, callbacks=[after])
+    trainer.train()
+    assert not trainer.stage_records[1].accepted
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, after.weights[0][name]), name
+
+
+def test_what_is_given_for_batch_norm_stands(make, everything_is_far):
+    after = After()
+    make([PROBE, dataclasses.replace(ALL, epochs=1, batch_norm="eval")], callbacks=[after]).train()
+    assert (after.stages[1].batch_norm, after.stages[1].new_head) == ("eval", False)
+
+
+@pytest.mark.usefixtures("everything_is_far")
+@pytest.mark.parametrize(("event", "step"), [("on_evaluate", 1), ("on_step_begin", 1), ("on_save", 3)])
+def test_an_interrupted_run_on_far_images_goes_on_bit_for_bit(make, splits, event, step):
+    check_interrupted(make, splits["train"], event, step)
+
+
 @pytest.mark.parametrize(
     ("event", "step"),
     [("on_step_begin", 0), ("on_step_end", 1), ("on_evaluate", 1), ("on_save", 1), ("on_save", 3), ("on_evaluate", 6)],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(make, splits, event, step):
-    train = shuffled(splits["train"])  # so that something else than the default is chosen
+    # Shuffled, so that something else than the default is chosen.
+    check_interrupted(make, shuffled(splits["train"]), event, step)
+
+
+def check_interrupted(make, train, event, step):
     options = {
         "train": train, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
         "gate": "best",

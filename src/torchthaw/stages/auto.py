@@ -1,22 +1,45 @@
-"""The rules of `plan: auto`: how a backbone is unfrozen, by how well a linear probe on its features does.
+"""The rules of `plan: auto`: how a backbone is unfrozen, by what a linear probe on its features finds.
 
 A linear probe that tells held-out training images well says that the pretrained features serve for them as they are,
-so that large steps would rather spoil them; one that does not says that they have farther to go. The numbers were
-chosen on four small sets of images with `tests/benchmarks/accuracy/run.py`; README says which, and what they came to
-there and on others.
+so that large steps would rather spoil them; one that does not says that they have farther to go. And where activations
+have other statistics than in pretraining, a head fitted to features with the pretrained ones holds the backbone back:
+with images enough BatchNorm learns their own, and the head is learned anew along with it. The numbers were chosen on
+small sets of images with `tests/benchmarks/accuracy/run.py`; README says which, and what they came to there and on
+others.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
+from torchthaw.stages.freezing import SMALL_BATCH
 from torchthaw.stages.plan import Stage
 from torchthaw.stages.presets import family_defaults
 
 # Macro F1 on held-out training images from which on they count as near to what the backbone was pretrained for.
 NEAR = 0.85
-# With layer decay 0.3, BatchNorm in eval: to train it was worse in two of the four sets, and no better in the others.
+# With layer decay 0.3 and BatchNorm in eval mode.
 NEAR_RATE = 5e-4
 FARTHER_RATE = 1e-3
+# A shift (see `backbones.norm_shift`) from which on BatchNorm trains, with so many images. Measured with mobilenet_v2:
+# photos 0.23, CIFAR-10 enlarged to 64 to 128 pixels 0.30 to 0.39, brain scans and hand signs 0.6, drawn digits 1.0.
+FAR_SHIFT = 0.5
+FAR_IMAGES = 500
+# Of all layers alike: with layer decay 0.3, most of them learn too slowly for the statistics that they then get.
+FAR_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a run's images when its backbone is to be unfrozen.
+
+    Attributes:
+        macro_f1: Of the linear probe on held-out training images, from 0 to 1; None where there was no probe, or
+            nothing was held out.
+        shift: Of BatchNorm's statistics; None where it was not measured.
+    """
+
+    macro_f1: float | None
+    shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -26,29 +49,47 @@ class Choice:
     Attributes:
         rate: Learning rate of the head, which layer decay lowers towards the input.
         reason: Why, as a part of a sentence.
+        relearns: Whether BatchNorm trains, and the head anew, without layer decay if that is the family's.
     """
 
     rate: float
     reason: str
+    relearns: bool = False
 
 
-def choose(macro_f1: float | None, *, transformer: bool) -> Choice:
-    """Chooses by a probe's macro F1 on held-out images; None where there was no probe, or nothing was held out.
+def shift_matters(stage: Stage, *, images: int | None, batch_size: int, transformer: bool) -> bool:
+    """Whether a shift of BatchNorm's statistics would change what is chosen for a stage.
 
     Args:
-        macro_f1: From 0 to 1.
+        stage: One with `by_probe`.
+        images: Number of training images; None when it is unknown.
+        batch_size: Images per device and step, over which BatchNorm would take its statistics.
+        transformer: Whether the backbone trains by the habits of vision transformers.
+    """
+    enough = images is not None and images >= FAR_IMAGES and batch_size >= SMALL_BATCH
+    return enough and stage.batch_norm == "auto" and not transformer
+
+
+def choose(found: Findings, *, transformer: bool) -> Choice:
+    """Chooses how the backbone is unfrozen.
+
+    Args:
+        found: What is known of the images.
         transformer: Whether the backbone trains by the habits of vision transformers, for which nothing was measured:
             their family's defaults stand.
     """
     family = family_defaults(transformer=transformer).unfrozen_rate
-    if macro_f1 is None:
+    if found.macro_f1 is None:
         return Choice(family, "without a linear probe the family's defaults stand")
-    found = f"the linear probe has macro F1 {macro_f1:.3f} on held-out images"
+    reason = f"the linear probe has macro F1 {found.macro_f1:.3f} on held-out images"
     if transformer:
-        return Choice(family, f"{found}; for transformers the family's defaults stand")
-    if macro_f1 >= NEAR:
-        return Choice(NEAR_RATE, f"{found}, {NEAR:g} or more: its features serve, so smaller steps")
-    return Choice(FARTHER_RATE, f"{found}, below {NEAR:g}: its features have farther to go, so larger steps")
+        return Choice(family, f"{reason}; for transformers the family's defaults stand")
+    if found.shift is not None and found.shift >= FAR_SHIFT:
+        far = f"BatchNorm's statistics are {found.shift:.2f} from the pretrained ones, {FAR_SHIFT:g} or more"
+        return Choice(FAR_RATE, f"{far}: BatchNorm trains, and the head anew", relearns=True)
+    if found.macro_f1 >= NEAR:
+        return Choice(NEAR_RATE, f"{reason}, {NEAR:g} or more: its features serve, so smaller steps")
+    return Choice(FARTHER_RATE, f"{reason}, below {NEAR:g}: its features have farther to go, so larger steps")
 
 
 def chosen(stage: Stage, choice: Choice, *, head_rate: float, transformer: bool) -> Stage:
@@ -60,5 +101,11 @@ def chosen(stage: Stage, choice: Choice, *, head_rate: float, transformer: bool)
         head_rate: The run's rate of a new head, with which all rates move.
         transformer: Whether the backbone trains by the habits of vision transformers.
     """
-    scale = head_rate / family_defaults(transformer=transformer).head_rate
-    return dataclasses.replace(stage, learning_rate=choice.rate * scale)
+    family = family_defaults(transformer=transformer)
+    rate = choice.rate * head_rate / family.head_rate
+    if choice.relearns:
+        layer_decay = 1.0 if stage.layer_decay == family.layer_decay else stage.layer_decay
+        return dataclasses.replace(
+            stage, learning_rate=rate, layer_decay=layer_decay, batch_norm="train", new_head=True
+        )
+    return dataclasses.replace(stage, learning_rate=rate)

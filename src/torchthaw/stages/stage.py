@@ -94,8 +94,10 @@ class Stage:
             by logistic regression on the features of all training images, whose strength of regularization is chosen by
             cross-validation among them (see `fit_linear_probe`), so that length, rates and schedule do not matter;
             `auto` by a probe where there can be one (see `probe_obstacle`), by gradient steps elsewhere.
-        by_probe: Whether the rates are chosen by how well the linear probe of an earlier stage told held-out training
-            images (see `stages.auto`); not together with a `learning_rate`.
+        by_probe: Whether rates, BatchNorm and head are chosen by what the linear probe of an earlier stage found (see
+            `stages.auto`); not together with a `learning_rate`.
+        new_head: Whether the stage begins with a head whose weights are zero, as Kolesnikov et al. (Big Transfer, 2020)
+            begin, instead of the one that earlier stages trained. Where the stage is not kept, that one stays.
         selection: Which of the stage's validated weights it proposes: the `best`, of equal ones the first; or `one_se`,
             the last that are not worse than the best by more than the standard error of the difference (the one
             standard error rule: Breiman et al., Classification and Regression Trees, 1984), since with few validation
@@ -130,6 +132,7 @@ class Stage:
     lora: int | Mapping[str, Any] | None = None
     solver: Literal["gradient", "probe", "auto"] = "gradient"
     by_probe: bool = False
+    new_head: bool = False
     selection: Literal["best", "one_se"] = "best"
 
     def __post_init__(self) -> None:
@@ -224,7 +227,7 @@ class Stage:
                     f"stage {self.name!r}: unknown {key} {value!r}.{did_you_mean(value, choices)} "
                     f"There are {', '.join(choices)}."
                 )
-        for key in ("frozen_dropout", "by_probe"):
+        for key in ("frozen_dropout", "by_probe", "new_head"):
             if not isinstance(getattr(self, key), bool):
                 raise self._fail(key, "write true or false")
         if self.optimizer is not None and not (isinstance(self.optimizer, str) and self.optimizer):
@@ -292,7 +295,10 @@ class Stage:
                     f"stage {self.name!r}: unfreeze names {pattern!r}, which matches no layer group."
                     f"{did_you_mean(pattern, groups)} There are {', '.join(groups)}."
                 )
-        return tuple(group for group in groups if any(fnmatch.fnmatchcase(group, pattern) for pattern in patterns))
+        live = tuple(group for group in groups if any(fnmatch.fnmatchcase(group, pattern) for pattern in patterns))
+        if self.new_head and HEAD not in live:
+            raise self._fail("new_head", f"the head does not train: add {HEAD} to unfreeze")
+        return live
 
     def learning_rates(self, groups: Sequence[str]) -> dict[str, float]:
         """Returns the peak learning rate of each live group.

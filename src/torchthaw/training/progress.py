@@ -79,6 +79,7 @@ class Progress:
         adapters: What the stage's adapters hold; in a checkpoint only.
         probe: What the stage's linear probe found; see `StageRecord`.
         probe_macro_f1: Macro F1 on held-out training images of the run's last linear probe.
+        shift: Of BatchNorm's statistics; see `torchthaw.backbones.norm_shift`. None before it is measured.
     """
 
     run_id: str
@@ -115,6 +116,7 @@ class Progress:
     adapters: Snapshot = field(default_factory=dict)
     probe: dict[str, Any] | None = None
     probe_macro_f1: float | None = None
+    shift: float | None = None
 
     def start_stage(self, index: int, *, step: int, epoch: int) -> None:
         """Moves on to a stage, or back to its start."""

@@ -222,6 +222,9 @@ class StagedTrainer(ProbingTrainer):
         if not self._resumed and not progress.lower_rates:
             progress.before = take_snapshot(self.model, with_adapted_weights(self.model, self._live_names))
             progress.fingerprints = frozen_fingerprints(self.model)
+        if self.stage.new_head and not self._resumed:
+            # After the snapshot, from which a stage that is not kept, or runs again, gets the old one back.
+            self._erase_head()
         self._begin_average()
         self._prepare_checks()
         self._start_clock()

@@ -23,6 +23,8 @@ from torchthaw.training.datasets import as_view
 PLANS = ("staged", "two_phase", "full", "partial", "head", "full best", "trainer")
 # Not made by a recipe.
 BASELINES = ("full best", "trainer", "fastai")
+# Of the baselines; torchthaw chooses by the number of images.
+USUAL_BATCH = 32
 HERE = Path(__file__).resolve().parent
 
 
@@ -48,7 +50,8 @@ def recipe_of(options: argparse.Namespace, source: str, seed: int, plan: str) ->
     }  # fmt: skip
     if plan.startswith("full "):
         stage = {"name": "all", "unfreeze": "all", "epochs": options.epochs, "learning_rate": float(plan.split()[1])}
-        return load_recipe({**settings, "stages": [{**stage, "batch_norm": "train"}], "gate": "off"})
+        plain = {"stages": [{**stage, "batch_norm": "train"}], "gate": "off", "batch_size": USUAL_BATCH}
+        return load_recipe({**settings, **plain})
     keys = options.plans.get(plan)
     if not keys:
         return load_recipe({**settings, "plan": plan, "epochs": options.epochs})
@@ -89,7 +92,8 @@ def macro_f1(outcome: Outcome, split: str) -> float:
 
 def fitting(recipe: Recipe, data: PreparedData) -> Recipe:
     """Returns the recipe with batches of at most a quarter of the training images."""
-    return recipe.model_copy(update={"batch_size": min(recipe.batch_size, len(data.splits["train"]) // 4)})
+    images = len(data.splits["train"])
+    return recipe.model_copy(update={"batch_size": min(recipe.images_per_step(images), images // 4)})
 
 
 def stock_trainer(
@@ -97,7 +101,7 @@ def stock_trainer(
 ) -> transformers.Trainer:
     """Returns the stock Trainer with its defaults, and the images augmented as torchthaw does."""
     transformers.set_seed(seed)
-    recipe = fitting(recipe_of(options, source, seed, "full"), data)
+    recipe = fitting(recipe_of(options, source, seed, f"full {options.rates[0]}"), data)
     model, processor = build_model(recipe, data.class_names)
     ours = make_trainer(Job(recipe, data, "macro_f1", Path(folder)))
     return transformers.Trainer(
@@ -133,7 +137,7 @@ def run_fastai(options: argparse.Namespace, source: str, seed: int, data: Prepar
         job = {
             "weights": str(Path(options.weights).resolve()), "size": options.size, "epochs": options.epochs,
             "seed": seed, "classes": len(data.class_names),
-            "batch_size": fitting(recipe_of(options, source, seed, "full"), data).batch_size,
+            "batch_size": fitting(recipe_of(options, source, seed, f"full {options.rates[0]}"), data).batch_size,
             "images": {split: files(images, Path(folder)) for split, images in data.splits.items()},
         }  # fmt: skip
         given, made = Path(folder, "job.json"), Path(folder, "made.json")
