@@ -96,8 +96,8 @@ class Stage:
             `auto` by a probe where there can be one (see `probe_obstacle`), by gradient steps elsewhere.
         by_probe: Whether rates, BatchNorm and head are chosen by what the linear probe of an earlier stage found (see
             `stages.auto`); not together with a `learning_rate`.
-        new_head: Whether the stage begins with a head whose weights are zero, as Kolesnikov et al. (Big Transfer, 2020)
-            begin, instead of the one that earlier stages trained. Where the stage is not kept, that one stays.
+        new_head: Whether the stage begins with a new, random head instead of the one that earlier stages trained. Where
+            the stage is not kept, that one stays.
         selection: Which of the stage's validated weights it proposes: the `best`, of equal ones the first; or `one_se`,
             the last that are not worse than the best by more than the standard error of the difference (the one
             standard error rule: Breiman et al., Classification and Regression Trees, 1984), since with few validation

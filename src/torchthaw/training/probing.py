@@ -3,6 +3,7 @@
 The methods of `Trainer` that are overridden here were read in transformers 5.24.
 """
 
+import copy
 from typing import Any, cast
 
 import numpy as np
@@ -122,9 +123,14 @@ class ProbingTrainer(MixingTrainer):
             self.optimizer = torch.optim.SGD([{**group, "lr": 0.0} for group in groups], lr=0.0)
         return super().create_optimizer(model)
 
-    def _erase_head(self) -> None:
-        for parameter in final_layer(self.model).parameters():
-            nn.init.zeros_(parameter)
+    def _draw_head(self) -> None:
+        """Gives the model a new head, which depends on the seed and the stage alone."""
+        layer = final_layer(self.model)
+        new = cast(nn.Linear | nn.Conv2d, copy.deepcopy(layer).to("cpu"))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.args.seed + self._progress.stage_index)
+            new.reset_parameters()
+        layer.load_state_dict(new.state_dict())
 
     def _average_kind(self) -> str:
         return "none" if self._is_probe() else super()._average_kind()

@@ -224,7 +224,7 @@ class StagedTrainer(ProbingTrainer):
             progress.fingerprints = frozen_fingerprints(self.model)
         if self.stage.new_head and not self._resumed:
             # After the snapshot, from which a stage that is not kept, or runs again, gets the old one back.
-            self._erase_head()
+            self._draw_head()
         self._begin_average()
         self._prepare_checks()
         self._start_clock()
