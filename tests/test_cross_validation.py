@@ -529,6 +529,14 @@ def test_the_final_plan_takes_what_half_of_the_folds_kept():
         final_recipe(recipe, said, {"head": "eval"})
 
 
+@pytest.mark.parametrize(("in_folds", "in_the_end"), [("train", "auto"), ("eval", "eval")])
+def test_a_final_model_by_a_probe_chooses_again_whether_batch_norm_trains(in_folds, in_the_end):
+    recipe = load_recipe({"backbone": "resnet18", "data": {"path": "photos"}, "cv": 4, "plan": "auto"})
+    said = votes(("head", [True] * 4, [1] * 4), ("all", [True] * 4, [5] * 4))
+    head, everything = final_recipe(recipe, said, {"head": "eval", "all": in_folds}).stage_plan().stages
+    assert (head.batch_norm, everything.batch_norm, everything.by_probe) == ("eval", in_the_end, True)
+
+
 def test_without_a_stage_that_pays_there_is_no_final_model_but_there_are_figures(run, photos, tmp_path):
     out = tmp_path / "out"
     code, _, stderr = run(

@@ -189,7 +189,10 @@ def test_a_linear_probe_and_what_it_chooses(run, make_image_folder):
     assert {group["learning_rate"] for group in head["groups"]} == {None}
     _, _, stderr = run("staged", *line)
     assert ["head", "linear probe", "1", "0", "cosine", "none"] in cells(stderr)
-    assert "The linear probe chooses the rates of all; shown are those of the backbone's family." in stderr
+    assert (
+        "The linear probe chooses the rates of all, and what BatchNorm does; shown is what stands without one."
+        in stderr
+    )
 
 
 @pytest.mark.parametrize(
