@@ -144,7 +144,7 @@ def test_overrides_reach_nested_keys():
         ({**MINIMAL, "plan": "staged", "stages": [{"name": "a"}]}, "both plan and stages"),
         ({**MINIMAL, "epochs": 3, "stages": [{"name": "a"}]}, "1 epochs long in all, but 3"),
         ({**MINIMAL, "plan": "stagd"}, "unknown plan 'stagd'. Did you mean 'staged'"),
-        ({**MINIMAL, "epochs": 2}, "at least as many epochs, not 2"),
+        ({**MINIMAL, "epochs": 1}, "at least as many epochs, not 1"),
         ({**MINIMAL, "augmentation": "lihgt"}, "unknown augmentation 'lihgt'. Did you mean 'light'"),
         ({**MINIMAL, "augmentation": {"mixupp": 1}}, "unknown key 'mixupp'. Did you mean 'mixup'"),
     ],
@@ -199,3 +199,9 @@ def test_a_plan_error_is_a_user_error():
 def test_batches_of_few_images_are_small(images, size):
     assert load_recipe(MINIMAL).images_per_step(images) == size
     assert load_recipe({**MINIMAL, "batch_size": 64}).images_per_step(images) == 64
+
+
+def test_the_plan_is_auto_unless_nothing_was_pretrained():
+    assert load_recipe(MINIMAL).stage_plan().name == "auto"
+    assert load_recipe({**MINIMAL, "weights": None}).stage_plan().name == "full"
+    assert load_recipe({**MINIMAL, "plan": "staged"}).stage_plan().name == "staged"

@@ -106,7 +106,8 @@ class Recipe(_Section):
             model.
         cv_final: Whether a cross-validation ends with a model that is trained on the images of all folds; it alone
             reads the test images.
-        plan: `auto`, `head`, `partial`, `two_phase`, `staged` or `full`; not together with `stages`.
+        plan: `auto` (the default; with random weights `full`), `head`, `partial`, `two_phase`, `staged` or `full`; not
+            together with `stages`.
         epochs: Length of the plan, shared out over its stages; None takes 7.
         stages: Explicit stages instead of `plan`, with the keys of `Stage`.
         learning_rate: Rate of a new head; rates that the plan leaves open move in proportion. None takes the default
@@ -230,7 +231,8 @@ class Recipe(_Section):
 
         With random weights, BatchNorm `auto` becomes `train`: random statistics must not be kept.
         """
-        plan = make_plan(self.plan or "staged" if self.stages is None else {"stages": self.stages}, epochs=self.epochs)
+        default = "full" if self.weights is None else "auto"
+        plan = make_plan(self.plan or default if self.stages is None else {"stages": self.stages}, epochs=self.epochs)
         if self.weights is not None:
             return plan
         stages = [

@@ -56,8 +56,8 @@ class ThawTrainingArguments(TrainingArguments):
 
     Args:
         output_dir: Folder of checkpoints and of the run's journal.
-        plan: Name of a preset (`auto`, `head`, `partial`, `two_phase`, `staged`, `full`), a `StagePlan`, a list of
-            `Stage`, or `StagePlan.to_dict()`.
+        plan: Name of a preset (`auto`, the default, `head`, `partial`, `two_phase`, `staged`, `full`), a `StagePlan`, a
+            list of `Stage`, or `StagePlan.to_dict()`.
         augmentation: Training augmentation: a preset's name (`none`, `light`, `medium`, `strong`), an `Augmentation`,
             or its fields. None takes the default of the backbone's family, and in stages that train the head alone
             none, so that each image's features are computed once.
@@ -114,7 +114,7 @@ class ThawTrainingArguments(TrainingArguments):
             contradict each other, or FSDP or DeepSpeed is asked for.
     """
 
-    plan: PlanArgument = "staged"
+    plan: PlanArgument = "auto"
     augmentation: AugmentationArgument = None
     gate: str | None = None
     min_gain: float = 0.0
