@@ -57,6 +57,7 @@ def test_far_images_train_batch_norm_and_a_new_head(macro_f1):
         (False, {"batch_size": 31}),
         (False, {"transformer": True}),
         (False, {"stage": Stage("all", by_probe=True, batch_norm="eval")}),
+        (False, {"stage": Stage("last block", 1, by_probe=True)}),
     ],
 )
 def test_when_the_shift_matters(matters, change):

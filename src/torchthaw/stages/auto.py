@@ -67,7 +67,7 @@ def shift_matters(stage: Stage, *, images: int | None, batch_size: int, transfor
         transformer: Whether the backbone trains by the habits of vision transformers.
     """
     enough = images is not None and images >= FAR_IMAGES and batch_size >= SMALL_BATCH
-    return enough and stage.batch_norm == "auto" and not transformer
+    return enough and stage.batch_norm == "auto" and stage.unfreeze == "all" and not transformer
 
 
 def choose(found: Findings, *, transformer: bool) -> Choice:

@@ -80,14 +80,18 @@ class ProbingTrainer(MixingTrainer):
         images = cast(ImageView, self._train_data).dataset
         rows = np.random.default_rng(self.args.data_seed).permutation(len(images))[:_IMAGES_FOR_SHIFT]
         view = as_view(images.select(np.sort(rows)), self.model, self.processing_class, self.args, train=False)
-        loader = DataLoader(
-            view,
+        batches = self._in_order(view)
+        return statistics_shift(self.model, (batch["pixel_values"].to(self.model.device) for batch in batches))
+
+    def _in_order(self, data: Any) -> DataLoader:
+        """Returns batches of all samples, which draw no random numbers of the run."""
+        return DataLoader(
+            data,
             batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.workers_for(view),
-            collate_fn=collate,
+            num_workers=self.workers_for(data),
+            collate_fn=self.data_collator,
             generator=torch.Generator(),
         )
-        return statistics_shift(self.model, (batch["pixel_values"].to(self.model.device) for batch in loader))
 
     def _is_transformer(self) -> bool:
         return uses_transformer_recipe(self.model.config.architecture)
@@ -172,20 +176,12 @@ class ProbingTrainer(MixingTrainer):
     @torch.no_grad()
     def _head_inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what the final layer gets for each training image, (N, d), and the labels, (N,)."""
-        data: Any = self.train_dataset
-        loader = DataLoader(
-            data,
-            batch_size=self.args.per_device_eval_batch_size,
-            num_workers=self.workers_for(data),
-            collate_fn=self.data_collator,
-            generator=torch.Generator(),
-        )
         seen: list[torch.Tensor] = []
         labels: list[torch.Tensor] = []
         hook = final_layer(self.model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
         self.model.eval()
         try:
-            for batch in loader:
+            for batch in self._in_order(self.train_dataset):
                 self._forward(batch)
                 labels.append(batch["labels"])
         finally:
