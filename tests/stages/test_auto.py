@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from torchthaw.errors import PlanError
-from torchthaw.stages.auto import FAR_IMAGES, FAR_SHIFT, NEAR, Findings, choose, chosen, shift_matters
+from torchthaw.stages.auto import FAR_IMAGES, FAR_SHIFT, FAR_STEPS, NEAR, Findings, choose, chosen, shift_matters
 from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.stages.presets import fill_defaults, make_plan
 
@@ -55,13 +55,17 @@ def test_far_images_train_batch_norm_and_a_new_head(macro_f1):
         (False, {"images": FAR_IMAGES - 1}),
         (False, {"images": None}),
         (False, {"batch_size": 31}),
+        (False, {"steps": FAR_STEPS - 1}),
         (False, {"transformer": True}),
         (False, {"stage": Stage("all", by_probe=True, batch_norm="eval")}),
         (False, {"stage": Stage("last block", 1, by_probe=True)}),
     ],
 )
 def test_when_the_shift_matters(matters, change):
-    given = {"stage": Stage("all", by_probe=True), "images": FAR_IMAGES, "batch_size": 32, "transformer": False}
+    given = {
+        "stage": Stage("all", by_probe=True), "images": FAR_IMAGES, "batch_size": 32, "steps": FAR_STEPS,
+        "transformer": False,
+    }  # fmt: skip
     given.update(change)
     assert shift_matters(given.pop("stage"), **given) is matters
 

@@ -24,6 +24,8 @@ FARTHER_RATE = 1e-3
 # photos 0.23, CIFAR-10 enlarged to 64 to 128 pixels 0.30 to 0.39, brain scans and hand signs 0.6, drawn digits 1.0.
 FAR_SHIFT = 0.5
 FAR_IMAGES = 500
+# A new head and BatchNorm take their time: of drawn digits 150 steps were enough, 28 were not.
+FAR_STEPS = 100
 # Of all layers alike: with layer decay 0.3, most of them learn too slowly for the statistics that they then get.
 FAR_RATE = 1e-3
 
@@ -57,16 +59,17 @@ class Choice:
     relearns: bool = False
 
 
-def shift_matters(stage: Stage, *, images: int | None, batch_size: int, transformer: bool) -> bool:
+def shift_matters(stage: Stage, *, images: int | None, batch_size: int, steps: int, transformer: bool) -> bool:
     """Whether a shift of BatchNorm's statistics would change what is chosen for a stage.
 
     Args:
         stage: One with `by_probe`.
         images: Number of training images; None when it is unknown.
         batch_size: Images per device and step, over which BatchNorm would take its statistics.
+        steps: Length of the stage in optimizer steps.
         transformer: Whether the backbone trains by the habits of vision transformers.
     """
-    enough = images is not None and images >= FAR_IMAGES and batch_size >= SMALL_BATCH
+    enough = images is not None and images >= FAR_IMAGES and batch_size >= SMALL_BATCH and steps >= FAR_STEPS
     return enough and stage.batch_norm == "auto" and stage.unfreeze == "all" and not transformer
 
 

@@ -73,6 +73,7 @@ class ProbingTrainer(MixingTrainer):
             stage,
             images=length_of(self._train_data),
             batch_size=stage.batch_size or self.args.per_device_train_batch_size,
+            steps=self._planned_steps[self._progress.stage_index],
             transformer=self._is_transformer(),
         )
 
