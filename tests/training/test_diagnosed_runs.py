@@ -24,7 +24,8 @@ from torchthaw import (
     TorchvisionImageProcessor,
 )
 from torchthaw.data.builtin import load_builtin_dataset
-from torchthaw.recipe import _Loader, load_recipe
+from torchthaw.recipe import load_recipe
+from torchthaw.recipe.reading import RecipeLoader
 from torchthaw.training.callbacks import DiagnosisCallback
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -34,7 +35,7 @@ def check_advice(finding):
     """Checks that what is advised, pasted at the end of a recipe, gives a recipe."""
     assert "\n" not in finding.advice
     stages = "stages: [{name: own, epochs: 2}]\n" if finding.advice.startswith("stages") else ""
-    load_recipe(yaml.load(f"backbone: resnet18\ndata: {{path: photos}}\n{stages}{finding.advice}\n", _Loader))
+    load_recipe(yaml.load(f"backbone: resnet18\ndata: {{path: photos}}\n{stages}{finding.advice}\n", RecipeLoader))
 
 
 @pytest.fixture(scope="module")

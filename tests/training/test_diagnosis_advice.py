@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchthaw import Stage
-from torchthaw.recipe import _Loader, load_recipe
+from torchthaw.recipe import load_recipe
+from torchthaw.recipe.reading import RecipeLoader
 from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import PRESETS, preset_plan
 from torchthaw.training.diagnosis import Course
@@ -47,8 +48,8 @@ def pasted(plan, line):
     """Returns the recipe of a plan with a line at its end, as its file would be read."""
     own = f"plan: {plan.name}" if plan.name in PRESETS else lines.stages_line(plan)
     text = f"backbone: resnet50\ndata: {{path: photos}}\naudit: off\n{own}\n"
-    load_recipe(yaml.load(text, _Loader))
-    return load_recipe(yaml.load(f"{text}{line}\n", _Loader))
+    load_recipe(yaml.load(text, RecipeLoader))
+    return load_recipe(yaml.load(f"{text}{line}\n", RecipeLoader))
 
 
 def every_advice(course):
@@ -117,8 +118,8 @@ def test_any_name_stands_in_a_line_as_it_is(name, group):
     plan = StagePlan((Stage(name, [group], learning_rate={group: 1e-3}),))
     line = lines.stages_line(plan)
     assert line.isprintable()
-    assert yaml.load(line, _Loader)["stages"][0]["name"] == name
-    assert StagePlan(tuple(Stage(**stage) for stage in yaml.load(line, _Loader)["stages"])) == plan
+    assert yaml.load(line, RecipeLoader)["stages"][0]["name"] == name
+    assert StagePlan(tuple(Stage(**stage) for stage in yaml.load(line, RecipeLoader)["stages"])) == plan
 
 
 def test_where_little_is_known_no_line_is_made_up():
