@@ -429,6 +429,29 @@ def test_other_number_of_classes_while_loading(architecture: str, size: int, tmp
     assert (set(report["missing_keys"]), set(report["unexpected_keys"])) == (set(), set())
 
 
+def test_a_head_is_new_until_it_is_loaded(tmp_path: Path):
+    def new(source, **options):
+        return TorchvisionForImageClassification.from_torchvision(SMALL, source, **options).head_is_new
+
+    names = ["cat", "dog"]
+    model = TorchvisionForImageClassification.from_torchvision(SMALL, None, id2label=names)
+    assert model.head_is_new
+    model.save_pretrained(tmp_path)
+    load = TorchvisionForImageClassification.from_pretrained
+    assert not load(tmp_path).head_is_new
+    assert load(tmp_path, num_labels=3, ignore_mismatched_sizes=True).head_is_new
+    assert not new(tmp_path)
+    assert not new(tmp_path, id2label=names)
+    assert new(tmp_path, id2label=["cat", "cow"])
+    model.load_state_dict(model.state_dict())
+    assert not model.head_is_new
+    model.replace_head(names)
+    assert model.head_is_new
+    features = tmp_path / "features"
+    TorchvisionModel.from_pretrained(tmp_path).save_pretrained(features)
+    assert load(features).head_is_new
+
+
 def test_features_checkpoint_gets_a_head(tmp_path: Path):
     torch.manual_seed(0)
     TorchvisionModel(TorchvisionConfig(architecture=SMALL, num_labels=3)).save_pretrained(tmp_path)

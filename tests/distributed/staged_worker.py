@@ -205,7 +205,9 @@ def probe(folder, batch_size):
 def own_heads(folder, batch_size):
     """Each process draws another head, and the stage is rolled back to it."""
     plan = [Stage("wreck", 1, epochs=1, learning_rate=100.0, warmup=0.0, optimizer="sgd")]
-    return staged(folder / "own heads", batch_size, plan=plan, model=new_model(seed=RANK))
+    model = new_model(seed=RANK)
+    model.head_is_new = False  # as of heads that there is something to go back to
+    return staged(folder / "own heads", batch_size, plan=plan, model=model)
 
 
 def pulled(folder, batch_size):

@@ -396,6 +396,18 @@ def test_without_a_validation_before_a_stage_is_kept():
         assert decision.comparison is None
 
 
+def test_there_is_no_going_back_to_an_untrained_head():
+    for gate in GATES:
+        for after in (0.25, 0.75, 0.8):
+            decision = decide(gate, comparison_of(0.75, after, p_value=0.5), min_gain=0.1, from_new_head=True)
+            assert decision.accepted
+            assert "not kept" not in decision.reason
+            assert ("the head was untrained before it" in decision.reason) is (gate != "off")
+    assert not decide("best", comparison_of(0.75, NAN), from_new_head=True).accepted
+    better = decide("best", comparison_of(0.75, 0.8), from_new_head=True)
+    assert better == decide("best", comparison_of(0.75, 0.8))
+
+
 def test_the_reason_has_the_figures():
     reason = decide("best", replace(comparison_of(0.9281, 0.9477, p_value=0.25), interval=(-0.0065, 0.0392))).reason
     assert reason == (

@@ -29,6 +29,7 @@ STEPS = 6  # of an epoch
 HEAD = Stage("head", "head", epochs=2, learning_rate=1e-2)
 WRECK = Stage("wreck", "all", epochs=1, learning_rate=0.02, warmup=0.0)
 BLOCK = Stage("block", 1, epochs=2, learning_rate=2e-3)
+IDLE = Stage("idle", "head", epochs=1, learning_rate=1e-12)
 PLAN = [HEAD, WRECK, BLOCK]
 
 
@@ -153,6 +154,39 @@ def test_a_rejected_last_stage_leaves_the_best_to_the_one_before(digits, tmp_pat
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{2 * STEPS}")
     saved = TorchvisionForImageClassification.from_pretrained(trainer.state.best_model_checkpoint)
     assert bit_equal(copied(saved), recorder.ends[0])
+
+
+@pytest.fixture
+def few_that_an_untrained_head_has_right(digits):
+    """Training images, and validation images that the untrained model takes for what they are."""
+    right = predictions(copied(new_model()), digits[1]) == np.asarray(digits[1]["label"])
+    assert 2 <= right.sum() < 60
+    return digits[0], digits[1].select(np.flatnonzero(right))
+
+
+@pytest.mark.parametrize("gate", ["best", "significant"])
+def test_an_untrained_head_that_is_right_by_chance_is_not_kept(few_that_an_untrained_head_has_right, tmp_path, gate):
+    trainer, recorder = run(few_that_an_untrained_head_has_right, tmp_path, [HEAD, IDLE], gate=gate)
+    head, idle = trainer.stage_records
+    assert head.comparison["before"] == 1
+    assert (head.accepted, idle.accepted) == (True, False)
+    assert "the head was untrained before it" in head.reason
+    assert bit_equal(copied(trainer.model), recorder.ends[0])
+    assert not trainer.model.head_is_new
+    # From here on there is something to go back to, also in a run of its own.
+    again = ThawTrainer(
+        trainer.model,
+        ThawTrainingArguments(
+            str(tmp_path / "again"), plan=[IDLE], gate=gate, per_device_train_batch_size=40, report_to="none",
+            use_cpu=True, disable_tqdm=True,
+        ),
+        train_dataset=few_that_an_untrained_head_has_right[0],
+        eval_dataset=few_that_an_untrained_head_has_right[1],
+        processing_class=new_processor(),
+    )  # fmt: skip
+    again.train()
+    assert [record.accepted for record in again.stage_records] == [False]
+    assert bit_equal(copied(again.model), recorder.ends[0])
 
 
 def test_comparisons_are_those_of_the_weights_before_and_after(gated, digits):

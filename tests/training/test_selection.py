@@ -61,6 +61,8 @@ def run(tmp_path, script, *, selection="one_se", gate="best", epochs=3):
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.script, trainer.calls = script, 0
+    # There is something to go back to.
+    trainer.model.head_is_new = False
     trainer.train()
     return trainer, weights
 

@@ -63,6 +63,9 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         self._checkpoint_function: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self._checkpoint_every = 1
         self._held_in_eval: tuple[str, ...] = ()
+        # Whether the head is as it was drawn: not loaded, and trained by no stage that was kept.
+        self.head_is_new = True
+        self._drew_head = False
 
     @classmethod
     def from_torchvision(
@@ -122,6 +125,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             model = cls(config)
         loader.load_into(model.backbone, pretrained)
+        model.head_is_new = False
         if id2label is not None and not pretrained.head_fits(id2label):
             model.replace_head(id2label)
         elif id2label is not None:
@@ -132,7 +136,9 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Loads a saved model as transformers does, so that its outputs are those of the saved one to the last bit."""
         result = super().from_pretrained(*args, **kwargs)
-        align_memory(result[0] if isinstance(result, tuple) else result)
+        model = result[0] if isinstance(result, tuple) else result
+        align_memory(model)
+        model.head_is_new = model._drew_head
         return result
 
     def layer_groups(self) -> dict[str, LayerGroup]:
@@ -203,10 +209,13 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
             old = self.backbone.get_submodule(path)
             if not isinstance(old, nn.Identity):
                 self.backbone.set_submodule(path, like(old, config.num_labels))
+        self.head_is_new = True
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads a state_dict as torch does, also one of MNASNet that came from a safetensors file."""
-        return super().load_state_dict(with_version(state_dict, self.backbone, _PREFIX), *args, **kwargs)
+        result = super().load_state_dict(with_version(state_dict, self.backbone, _PREFIX), *args, **kwargs)
+        self.head_is_new = False
+        return result
 
     def init_weights(self) -> None:
         """Leaves the weights alone: torchvision's builder has initialised them."""
@@ -227,6 +236,8 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
                 "size, use from_torchvision(architecture, weights=<folder>, image_size=...)."
             )
         reset()
+        final_layer = f"{_PREFIX}.{family_of(self.config.architecture).final_layer}"
+        self._drew_head |= dict(self.named_modules()).get(final_layer) is module
 
     def _set_gradient_checkpointing(
         self,

@@ -167,6 +167,7 @@ def decide(
     min_gain: float = 0.0,
     greater_is_better: bool = True,
     alpha: float = 0.05,
+    from_new_head: bool = False,
 ) -> Decision:
     """Decides whether a stage is kept.
 
@@ -178,6 +179,9 @@ def decide(
         min_gain: Least gain for "best" and "significant".
         greater_is_better: Whether the metric is to rise.
         alpha: Level of the test of "significant".
+        from_new_head: Whether the head was untrained before the stage and was trained in it. Such a stage is kept if
+            only its metric is finite: with few validation images an untrained head may be right by chance, and to go
+            back to it helps nobody.
 
     Raises:
         PlanError: the gate is unknown.
@@ -187,6 +191,11 @@ def decide(
     if comparison is None:
         return Decision(True, "there was no validation before the stage to compare with: kept", None)
     accepted, verdict = _verdict(gate, comparison, min_gain, greater_is_better, alpha)
+    if not accepted and from_new_head and math.isfinite(comparison.after):
+        accepted, verdict = (
+            True,
+            f"{verdict.removesuffix(', not kept')}, but kept, since the head was untrained before it",
+        )
     return Decision(accepted, f"{_figures(comparison)}: {verdict}", comparison)
 
 

@@ -45,6 +45,7 @@ class Progress:
     Attributes:
         run_id: Name of the run, which its checkpoints bear.
         start_digest: Of the weights that the run began with; see `StartingPoint`.
+        head_is_new: Whether the head is as it was drawn, so that there is nothing to go back to.
         stage_index: The stage that runs.
         stage_start_step: Optimizer steps of the run before this stage.
         stage_start_epoch: First epoch of this stage, counted over the run.
@@ -84,6 +85,7 @@ class Progress:
 
     run_id: str
     start_digest: str | None = None
+    head_is_new: bool = False
     stage_index: int = 0
     stage_start_step: int = 0
     stage_start_epoch: int = 0

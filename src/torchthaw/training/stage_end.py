@@ -8,7 +8,7 @@ from transformers import TrainerState
 
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.stages.freezing import Frozen
-from torchthaw.stages.plan import Stage
+from torchthaw.stages.plan import HEAD, Stage
 from torchthaw.stages.proof import relative_changes
 from torchthaw.stages.snapshots import put_back
 from torchthaw.training.arguments import ThawTrainingArguments
@@ -20,7 +20,12 @@ from torchthaw.training.timing import Clock, peak_memory_mb
 
 
 def decide_stage(
-    progress: Progress, args: ThawTrainingArguments, *, metric: str, failure: str | None = None
+    progress: Progress,
+    args: ThawTrainingArguments,
+    *,
+    metric: str,
+    trains_head: bool = True,
+    failure: str | None = None,
 ) -> Decision:
     """Compares the weights that a stage proposes with those before it, on the same validation images.
 
@@ -28,6 +33,7 @@ def decide_stage(
         progress: The run, with what was validated before and in the stage.
         args: Gate, least gain, and the direction of the metric.
         metric: The selection metric, without the name of the validation set.
+        trains_head: Whether the head is among what the stage trains.
         failure: Why the stage broke down, if it did.
     """
     candidate = progress.candidate
@@ -39,7 +45,11 @@ def decide_stage(
     if progress.kept is not None:
         comparison = compare(metric, progress.kept.measured, candidate.measured, seed=args.seed)
     return decide(
-        cast(str, args.gate), comparison, min_gain=args.min_gain, greater_is_better=bool(args.greater_is_better)
+        cast(str, args.gate),
+        comparison,
+        min_gain=args.min_gain,
+        greater_is_better=bool(args.greater_is_better),
+        from_new_head=progress.head_is_new and trains_head,
     )
 
 
@@ -87,13 +97,16 @@ def conclude(
         clock: Where the time went.
         train_accuracy: See `StageRecord`.
     """
-    decision = on_main(lambda: decide_stage(progress, args, metric=metric, failure=failure))
+    trains_head = HEAD in frozen.live
+    decision = on_main(lambda: decide_stage(progress, args, metric=metric, trains_head=trains_head, failure=failure))
     candidate = progress.candidate
     if candidate is not None and candidate.weights is not None:
         put_back(model, candidate.weights)
     groups = model.layer_groups()
     changes = relative_changes(progress.before, model, groups)
     settle_weights(progress, model, decision)
+    if decision.accepted and trains_head:
+        model.head_is_new = progress.head_is_new = False
     rates = stage.learning_rates(list(groups))
     steps = state.global_step - progress.stage_start_step
     epochs = float(state.epoch or 0) - progress.stage_start_epoch

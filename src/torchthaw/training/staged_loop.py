@@ -159,7 +159,11 @@ class StagedTrainer(ProbingTrainer):
         self._last_checkpoint = None if checkpoint is None else checkpoint.resolve()
         if checkpoint is None:
             self._note_start()
-            self._progress = Progress(run_id=processes.share(new_run_id()), start_digest=self._start_digest())
+            self._progress = Progress(
+                run_id=processes.share(new_run_id()),
+                start_digest=self._start_digest(),
+                head_is_new=self.model.head_is_new,
+            )
         else:
             self._progress = Progress.load(checkpoint)
             if self.args.should_save:

@@ -93,7 +93,12 @@ class ValidatingTrainer(GuardedTrainer):
         peak, before = self._progress.peak, self._progress.kept
         if self.stage is None or self.stage.selection != "one_se" or peak is None:
             return False
-        if before is not None and self._is_better(peak, before) and not self._is_better(new, before):
+        if (
+            before is not None
+            and not self._progress.head_is_new
+            and self._is_better(peak, before)
+            and not self._is_better(new, before)
+        ):
             return False
         p_value = compare(self._metric_name(), peak.measured, new.measured, seed=self.args.seed).p_value
         return p_value is not None and p_value >= _ONE_STANDARD_ERROR

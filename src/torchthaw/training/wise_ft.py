@@ -38,11 +38,11 @@ class MixingTrainer(AveragingTrainer):
         that are compared.
 
         Returns:
-            What a record says of it; None if there was nothing to mix.
+            What a record says of it; None if there was nothing to mix, or only a head that nothing had trained.
         """
         progress = self._progress
         candidate = progress.candidate
-        if not self._wants_mixture() or candidate is None or candidate.weights is None:
+        if not self._wants_mixture() or candidate is None or candidate.weights is None or progress.head_is_new:
             return None
         outcomes = {1.0: candidate}
         sign = 1.0 if self.args.greater_is_better else -1.0
