@@ -116,7 +116,8 @@ class Recipe(_Section):
         thresholds: Where images may have several labels: the probability from which on an image is given one; or
             `per_class`, which chooses those with the best F1 on the validation images in the end.
         gate: What decides after each stage, on the validation images, whether it is kept: `best` if the metric is
-            better than before it, `significant` if it also gains beyond noise, `off` keeps every stage.
+            better than before it, `significant` if it also gains beyond noise, `off` keeps every stage. The first one
+            that trains a new head always is, since there is nothing worth going back to.
         min_gain: Least gain in the metric for which `best` and `significant` keep a stage.
         on_reject: What follows when a stage is not kept: it is rolled back, and the run goes on with the next stage
             from the best weights so far (`continue`), or ends (`stop`).

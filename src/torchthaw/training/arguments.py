@@ -64,7 +64,7 @@ class ThawTrainingArguments(TrainingArguments):
         gate: What decides after each stage, on the validation images, whether its weights are kept: `best` if the
             metric is better than before the stage, `significant` if it also gains beyond noise (exact McNemar test for
             accuracy, paired bootstrap for macro F1 and others, p < 0.05), `off` keeps every stage. What is not kept is
-            rolled back. None takes `best`, or `off` without validation.
+            rolled back, but not to a head that nothing has trained. None takes `best`, or `off` without validation.
         min_gain: Least gain in the metric for which `best` and `significant` keep a stage.
         on_reject: Whether the run goes on with the next stage from the weights before a stage that was not kept
             (`continue`), or ends (`stop`).
