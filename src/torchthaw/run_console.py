@@ -13,6 +13,9 @@ from torchthaw.training.augmented_figures import difference_line
 from torchthaw.training.diagnosis import Finding
 from torchthaw.training.trainer import ThawTrainer
 
+# What the linear probe chooses.
+BY_PROBE = "by the probe"
+
 
 def announce(job: Job, trainer: ThawTrainer, reporter: Reporter) -> None:
     """Says what will be trained on what, and shows the plan."""
@@ -30,7 +33,9 @@ def announce(job: Job, trainer: ThawTrainer, reporter: Reporter) -> None:
             trained += f" (LoRA of rank {stage.adapters.rank})"
         length = "linear probe" if stage.solver == "probe" else length
         shown = _shown_rates(stage, rates, has_probe=probes)
-        rows.append((stage.name, trained, length, shown, trainer.batch_norm_policy(stage)))
+        chooses = stage.by_probe and probes and stage.batch_norm == "auto"
+        policy = BY_PROBE if chooses else trainer.batch_norm_policy(stage)
+        rows.append((stage.name, trained, length, shown, policy))
     chosen = f"best weights by validation {job.metric}" if "validation" in data.splits else "no validation"
     reporter.table(
         f"plan: {trainer.plan.name}, {chosen}",
@@ -152,7 +157,7 @@ def _shown_rates(stage: Stage, rates: Mapping[str, float], *, has_probe: bool) -
     if stage.solver == "probe":
         return "-"
     if stage.by_probe and has_probe:
-        return "by the probe"
+        return BY_PROBE
     low, high = min(rates.values()), max(rates.values())
     return f"{low:.1e} - {high:.1e}" if len(rates) > 1 else f"{high:.1e}"
 

@@ -23,6 +23,7 @@ from torchthaw.stages.presets import fill_defaults, make_plan
 def test_rates_go_by_the_probe(macro_f1, rate, word):
     choice = choose(Findings(macro_f1, shift=FAR_SHIFT - 1e-3), transformer=False)
     assert (choice.rate, choice.relearns) == (rate, False)
+    assert choice.keeps_statistics is (macro_f1 is not None)
     assert word in choice.reason
     if macro_f1 is not None:
         assert f"{macro_f1:.3f}" in choice.reason
@@ -31,7 +32,7 @@ def test_rates_go_by_the_probe(macro_f1, rate, word):
 @pytest.mark.parametrize("macro_f1", [None, 0.1, 0.7, 0.95])
 def test_transformers_keep_the_defaults_of_their_family(macro_f1):
     choice = choose(Findings(macro_f1, shift=2.0), transformer=True)
-    assert (choice.rate, choice.relearns) == (2e-4, False)
+    assert (choice.rate, choice.relearns, choice.keeps_statistics) == (2e-4, False, False)
 
 
 @pytest.mark.parametrize("macro_f1", [0.1, 0.95])
@@ -75,7 +76,10 @@ def test_a_stage_gets_what_was_chosen_and_keeps_what_was_given():
     (stage,) = fill_defaults(StagePlan((Stage("all", by_probe=True),)), transformer=False).stages
     assert (stage.learning_rate, stage.layer_decay) == (3e-4, 0.3)
     found = chosen(stage, far, head_rate=1e-3, transformer=False)
-    assert found == dataclasses.replace(stage, learning_rate=1e-3)
+    # `auto` would train BatchNorm from 10,000 images on.
+    assert found == dataclasses.replace(stage, learning_rate=1e-3, batch_norm="eval")
+    unknown = chosen(stage, choose(Findings(None), transformer=False), head_rate=1e-3, transformer=False)
+    assert unknown.batch_norm == "auto"
     given = dataclasses.replace(stage, batch_norm="train", layer_decay=0.5)
     found = chosen(given, far, head_rate=2e-3, transformer=False)
     assert (found.batch_norm, found.layer_decay) == ("train", 0.5)

@@ -52,11 +52,14 @@ class Choice:
         rate: Learning rate of the head, which layer decay lowers towards the input.
         reason: Why, as a part of a sentence.
         relearns: Whether BatchNorm trains, and the head anew, without layer decay if that is the family's.
+        keeps_statistics: Whether BatchNorm keeps the pretrained statistics, which the probe's head was fitted to,
+            however many images there are.
     """
 
     rate: float
     reason: str
     relearns: bool = False
+    keeps_statistics: bool = False
 
 
 def shift_matters(stage: Stage, *, images: int | None, batch_size: int, steps: int, transformer: bool) -> bool:
@@ -91,8 +94,10 @@ def choose(found: Findings, *, transformer: bool) -> Choice:
         far = f"BatchNorm's statistics are {found.shift:.2f} from the pretrained ones, {FAR_SHIFT:g} or more"
         return Choice(FAR_RATE, f"{far}: BatchNorm trains, and the head anew", relearns=True)
     if found.macro_f1 >= NEAR:
-        return Choice(NEAR_RATE, f"{reason}, {NEAR:g} or more: its features serve, so smaller steps")
-    return Choice(FARTHER_RATE, f"{reason}, below {NEAR:g}: its features have farther to go, so larger steps")
+        near = f"{reason}, {NEAR:g} or more: its features serve, so smaller steps"
+        return Choice(NEAR_RATE, near, keeps_statistics=True)
+    farther = f"{reason}, below {NEAR:g}: its features have farther to go, so larger steps"
+    return Choice(FARTHER_RATE, farther, keeps_statistics=True)
 
 
 def chosen(stage: Stage, choice: Choice, *, head_rate: float, transformer: bool) -> Stage:
@@ -111,4 +116,5 @@ def chosen(stage: Stage, choice: Choice, *, head_rate: float, transformer: bool)
         return dataclasses.replace(
             stage, learning_rate=rate, layer_decay=layer_decay, batch_norm="train", new_head=True
         )
-    return dataclasses.replace(stage, learning_rate=rate)
+    keeps = choice.keeps_statistics and stage.batch_norm == "auto"
+    return dataclasses.replace(stage, learning_rate=rate, batch_norm="eval" if keeps else stage.batch_norm)
