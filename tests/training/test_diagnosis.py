@@ -171,6 +171,14 @@ def test_chance_depends_on_the_number_of_images():
     assert signals(course_of(slightly, record_of(changes={"head": 0.0}), images=100)) == ["rate too low"]
 
 
+def test_of_a_few_validation_images_nothing_is_beyond_chance_and_nothing_said_of_labels():
+    """Two classes; a perfect score on one image of each is what guessing reaches every fourth time."""
+    perfect = log_of((0.1, 0.5, 1.0), (0.001, 0.4, 1.0), (0.001, 0.4, 1.0))
+    for images, said in ((2, ["small validation"]), (4, ["small validation"]), (40, ["working"])):
+        course = dataclasses.replace(course_of(perfect), num_classes=2, class_counts=[images // 2] * 2)
+        assert signals(course) == said
+
+
 # What is known beside the curves tells the reasons apart.
 
 KNOWN_BY_HEART = {"balanced_accuracy": 0.6, "class_counts": [20] * 10}

@@ -8,17 +8,21 @@ _ONE_IN_A_HUNDRED = 2.33
 
 
 def guessed_balanced_accuracy(class_counts: Sequence[int], num_classes: int) -> float | None:
-    """Returns the balanced accuracy that guessing exceeds once in a hundred times; None without images.
+    """Returns the balanced accuracy that guessing exceeds once in a hundred times.
 
     Each class's share is binomial with its number of images, and their mean has the mean of their variances over the
     number of classes.
+
+    Returns:
+        The accuracy; None without images, or with so few that guessing is right for all of them more often than that.
     """
     counts = [count for count in class_counts if count]
     if not counts:
         return None
     guess = 1 / num_classes
     error = math.sqrt(sum(guess * (1 - guess) / count for count in counts)) / len(counts)
-    return guess + _ONE_IN_A_HUNDRED * error
+    reached = guess + _ONE_IN_A_HUNDRED * error
+    return reached if reached < 1 else None
 
 
 def guessed_loss(class_counts: Sequence[int], num_classes: int) -> float:
