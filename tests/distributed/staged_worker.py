@@ -27,6 +27,7 @@ from torchthaw import (
     TorchvisionForImageClassification,
     TorchvisionImageProcessor,
 )
+from torchthaw.stages import auto
 from torchthaw.stages.proof import digest
 from torchthaw.training import processes
 
@@ -200,6 +201,17 @@ def probe(folder, batch_size):
         folder / f"probe-{RANK}", batch_size // 2, plan="auto", num_train_epochs=3, gradient_accumulation_steps=2,
         gate="off",
     )  # fmt: skip
+
+
+def far(folder, batch_size):
+    """Images count as far from those of pretraining, so that BatchNorm trains, and the head anew."""
+    found = {"FAR_IMAGES": 1, "FAR_STEPS": 1, "FAR_SHIFT": 0.0, "SMALL_BATCH": 1}
+    usual = {name: getattr(auto, name) for name in found}
+    vars(auto).update(found)
+    try:
+        return staged(folder / f"far-{RANK}", batch_size, plan="auto", num_train_epochs=3, gate="off")
+    finally:
+        vars(auto).update(usual)
 
 
 def own_heads(folder, batch_size):

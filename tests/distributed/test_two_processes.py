@@ -78,8 +78,8 @@ def two(tmp_path_factory):
     """Two processes, that run many scenarios and are killed in the last one."""
     folder = tmp_path_factory.mktemp("two")
     scenarios = [
-        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "probe", "own_heads", "stream",
-        "stream_read_by_each",
+        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "probe", "far", "own_heads",
+        "stream", "stream_read_by_each",
         "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image", "missing_checkpoint",
         "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
     ]  # fmt: skip
@@ -92,8 +92,8 @@ def one(two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     shutil.copytree(two.folder / "killed", folder / "killed")
     scenarios = [
-        "plain", "averaged", "weighted_draws", "pulled", "adapters", "probe", "stream", "resumed_with_other_batches",
-        "resumed",
+        "plain", "averaged", "weighted_draws", "pulled", "adapters", "probe", "far", "stream",
+        "resumed_with_other_batches", "resumed",
     ]  # fmt: skip
     return Reports(folder, start(1, WORKER, folder, 12, *scenarios))
 
@@ -236,6 +236,19 @@ def test_a_linear_probe_and_what_goes_by_it_are_those_of_one_process(two, one):
     for stage in range(2):
         assert bit_equal(first["weights"][stage], second["weights"][stage])
         assert largest_difference(first["weights"][stage], alone["weights"][stage]) < 10 * WEIGHT_TOLERANCE
+
+
+def test_far_images_are_far_in_all_processes(two, one):
+    """The shift is measured in one process and the head drawn in each; BatchNorm has the first one's statistics."""
+    first, second = two.good("far")
+    (alone,) = one.good("far")
+    assert first["records"][1]["batch_norm"] == "train"
+    assert "BatchNorm trains, and the head anew" in first["records"][1]["chosen"]
+    assert first["records"][1]["chosen"] == alone["records"][1]["chosen"]
+    assert decisions(first) == decisions(second)
+    assert bit_equal(first["final"], second["final"])
+    head = "backbone.fc.weight"
+    assert largest_difference({head: first["weights"][0][head]}, {head: first["final"][head]}) > 0.01
 
 
 def test_low_rank_adapters_are_those_of_one_process(two, one):
