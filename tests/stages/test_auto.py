@@ -5,7 +5,17 @@ import dataclasses
 import pytest
 
 from torchthaw.errors import PlanError
-from torchthaw.stages.auto import FAR_IMAGES, FAR_SHIFT, FAR_STEPS, NEAR, Findings, choose, chosen, shift_matters
+from torchthaw.stages.auto import (
+    FAR_IMAGES,
+    FAR_SHIFT,
+    FAR_STEPS,
+    FEW_IMAGES,
+    NEAR,
+    Findings,
+    choose,
+    chosen,
+    shift_matters,
+)
 from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.stages.presets import fill_defaults, make_plan
 
@@ -86,6 +96,32 @@ def test_a_stage_gets_what_was_chosen_and_keeps_what_was_given():
     assert found.learning_rate == pytest.approx(2e-3)  # all rates move with the head's
 
 
+@pytest.mark.parametrize(
+    ("images", "macro_f1", "shift", "transformer", "share"),
+    [
+        (FEW_IMAGES - 1, 0.5, None, False, 0.5),
+        (10, 0.95, None, False, 0.5),
+        (FEW_IMAGES, 0.95, None, False, None),
+        (None, 0.95, None, False, None),
+        (10, None, None, False, None),
+        (10, 0.5, None, True, None),
+        (FAR_IMAGES - 1, 0.5, FAR_SHIFT, False, None),
+    ],
+)
+def test_of_few_images_half_of_the_way_is_gone(images, macro_f1, shift, transformer, share):
+    choice = choose(Findings(macro_f1, shift, images), transformer=transformer)
+    assert choice.share == share
+    assert ("50 % of their way" in choice.reason) is (share is not None)
+
+    def shared(**options):
+        (stage,) = fill_defaults(StagePlan((Stage("s", by_probe=True, **options),)), transformer=transformer).stages
+        return chosen(stage, choice, head_rate=1e-3, transformer=transformer).wise_ft
+
+    assert shared() == share
+    assert shared(wise_ft=0.8) == 0.8
+    assert shared(unfreeze="head") is None
+
+
 def test_the_preset():
     plan = make_plan("auto", epochs=5)
     assert [(stage.name, stage.epochs, stage.solver, stage.by_probe) for stage in plan.stages] == [
@@ -103,6 +139,10 @@ def test_the_preset():
         ({"unfreeze": "head", "solver": "prob"}, "Did you mean 'probe'"),
         ({"by_probe": "yes"}, "write true or false"),
         ({"new_head": 1}, "write true or false"),
+        ({"wise_ft": 0}, "wise_ft is 0; write the share of the stage's weights, such as 0.5"),
+        ({"wise_ft": 1.5}, "write the share of the stage's weights"),
+        ({"wise_ft": True}, "write the share of the stage's weights"),
+        ({"wise_ft": 0.5, "unfreeze": "head"}, "for stages that train more than the head"),
     ],
 )
 def test_what_no_stage_can_be(options, message):

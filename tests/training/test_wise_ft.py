@@ -1,6 +1,7 @@
 """WiSE-FT at the end of stages: what is tried, chosen, decided on and kept, measured anew by plain code."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -155,6 +156,42 @@ def test_the_share_that_validates_best_is_proposed(make, name):
     lines = [0, 6, 12, 18] if chosen is None else [0, 0, 6, 6, 12, 12, 18, 18]
     assert seen.lines == lines
     assert sum("eval_runtime" in line or "eval_near_runtime" in line for line in trainer.state.log_history) == 4
+
+
+def test_a_stage_may_give_the_share_itself(make):
+    head, block = PLAN
+    trainer = make(plan=[head, dataclasses.replace(block, wise_ft=0.3)], wise_ft=True, gate="off")
+    trainer.train()
+    seen, record = weights_of(trainer), trainer.stage_records[1]
+    rows = trainer.eval_dataset
+    best = min(seen.validated["block"], key=lambda weights: measure(trainer, weights, rows, "loss"))
+    mixed = mixture(seen.before["block"], best, 0.3)
+    assert record.wise_ft == {"alpha": 0.3, "metric": {"0.3": pytest.approx(measure(trainer, mixed, rows, "loss"))}}
+    assert record.comparison["after"] == record.best_metric == record.wise_ft["metric"]["0.3"]
+    assert "WiSE-FT took 30 % of the stage's weights" in record.reason
+    assert [key for key in mixed if not torch.equal(mixed[key], seen.after["block"][key])] == []
+    whole = make("whole", plan=[head, dataclasses.replace(block, wise_ft=1)], wise_ft=True)
+    whole.train()
+    assert whole.stage_records[1].wise_ft is None
+
+
+def test_a_share_needs_no_validation(make):
+    head, block = PLAN
+    options = {"eval_strategy": "no", "load_best_model_at_end": False, "wise_ft": False, "save_strategy": "no"}
+    runs = [make(str(share), plan=[head, dataclasses.replace(block, wise_ft=share)], **options) for share in (0.3, 1)]
+    for trainer in runs:
+        trainer.train()
+    mixed, whole = (weights_of(trainer) for trainer in runs)
+    expected = mixture(whole.before["block"], whole.after["block"], 0.3)
+    assert [key for key in expected if not torch.equal(expected[key], mixed.after["block"][key])] == []
+    assert runs[0].stage_records[1].wise_ft == {"alpha": 0.3, "metric": {}}
+    assert runs[1].stage_records[1].wise_ft is None
+
+
+def test_a_head_that_nothing_has_trained_is_not_mixed_in(make):
+    trainer = make(plan=[PLAN[1]])
+    trainer.train()
+    assert trainer.stage_records[0].wise_ft is None
 
 
 def test_a_part_of_the_way_is_better_where_a_stage_goes_too_far(make):

@@ -26,6 +26,10 @@ FAR_SHIFT = 0.5
 FAR_IMAGES = 500
 # A new head and BatchNorm take their time: of drawn digits 150 steps were enough, 28 were not.
 FAR_STEPS = 100
+# Below so many images a stage that trains everything goes too far as often as not. Half of its way is better than the
+# probe and than all of it, or no worse by more than noise.
+FEW_IMAGES = 500
+FEW_SHARE = 0.5
 # Of all layers alike: with layer decay 0.3, most of them learn too slowly for the statistics that they then get.
 FAR_RATE = 1e-3
 
@@ -38,10 +42,12 @@ class Findings:
         macro_f1: Of the linear probe on held-out training images, from 0 to 1; None where there was no probe, or
             nothing was held out.
         shift: Of BatchNorm's statistics; None where it was not measured.
+        images: Number of training images; None where it is unknown.
     """
 
     macro_f1: float | None
     shift: float | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,14 @@ class Choice:
         relearns: Whether BatchNorm trains, and the head anew, without layer decay if that is the family's.
         keeps_statistics: Whether BatchNorm keeps the pretrained statistics, which the probe's head was fitted to,
             however many images there are.
+        share: Of the stage's weights in what it proposes; the rest are those before it (WiSE-FT). None leaves it open.
     """
 
     rate: float
     reason: str
     relearns: bool = False
     keeps_statistics: bool = False
+    share: float | None = None
 
 
 def shift_matters(stage: Stage, *, images: int | None, batch_size: int, steps: int, transformer: bool) -> bool:
@@ -94,10 +102,13 @@ def choose(found: Findings, *, transformer: bool) -> Choice:
         far = f"BatchNorm's statistics are {found.shift:.2f} from the pretrained ones, {FAR_SHIFT:g} or more"
         return Choice(FAR_RATE, f"{far}: BatchNorm trains, and the head anew", relearns=True)
     if found.macro_f1 >= NEAR:
-        near = f"{reason}, {NEAR:g} or more: its features serve, so smaller steps"
-        return Choice(NEAR_RATE, near, keeps_statistics=True)
-    farther = f"{reason}, below {NEAR:g}: its features have farther to go, so larger steps"
-    return Choice(FARTHER_RATE, farther, keeps_statistics=True)
+        rate, reason = NEAR_RATE, f"{reason}, {NEAR:g} or more: its features serve, so smaller steps"
+    else:
+        rate, reason = FARTHER_RATE, f"{reason}, below {NEAR:g}: its features have farther to go, so larger steps"
+    if found.images is None or found.images >= FEW_IMAGES:
+        return Choice(rate, reason, keeps_statistics=True)
+    reason += f", and with fewer than {FEW_IMAGES} images {100 * FEW_SHARE:g} % of their way (WiSE-FT)"
+    return Choice(rate, reason, keeps_statistics=True, share=FEW_SHARE)
 
 
 def chosen(stage: Stage, choice: Choice, *, head_rate: float, transformer: bool) -> Stage:
@@ -117,4 +128,10 @@ def chosen(stage: Stage, choice: Choice, *, head_rate: float, transformer: bool)
             stage, learning_rate=rate, layer_decay=layer_decay, batch_norm="train", new_head=True
         )
     keeps = choice.keeps_statistics and stage.batch_norm == "auto"
-    return dataclasses.replace(stage, learning_rate=rate, batch_norm="eval" if keeps else stage.batch_norm)
+    mixes = stage.wise_ft is None and not stage.trains_head_alone
+    return dataclasses.replace(
+        stage,
+        learning_rate=rate,
+        batch_norm="eval" if keeps else stage.batch_norm,
+        wise_ft=choice.share if mixes else stage.wise_ft,
+    )

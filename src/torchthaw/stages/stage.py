@@ -102,6 +102,9 @@ class Stage:
             the last that are not worse than the best by more than the standard error of the difference (the one
             standard error rule: Breiman et al., Classification and Regression Trees, 1984), since with few validation
             images the best epoch is mostly luck, and the last one has trained at the lowest rates.
+        wise_ft: Share of the stage's weights, above 0, in the mixture with those before it that the stage proposes
+            (WiSE-FT; see `training.wise_ft`); 1 takes its own as they are. None takes the run's, where validation
+            chooses the share.
 
     Raises:
         PlanError: a value is out of range or contradicts another.
@@ -134,6 +137,7 @@ class Stage:
     by_probe: bool = False
     new_head: bool = False
     selection: Literal["best", "one_se"] = "best"
+    wise_ft: float | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name):
@@ -211,6 +215,12 @@ class Stage:
         steps = isinstance(self.warmup, int) and not isinstance(self.warmup, bool) and self.warmup >= 1
         if not (share or steps):
             raise self._fail("warmup", "write a share of the stage's steps below 1, or a whole number of steps")
+        if self.wise_ft is None:
+            return
+        if not (is_finite_number(self.wise_ft) and 0 < self.wise_ft <= 1):
+            raise self._fail("wise_ft", "write the share of the stage's weights, such as 0.5, or leave it out")
+        if self.trains_head_alone:
+            raise self._fail("wise_ft", "it is for stages that train more than the head: leave it out")
 
     def _check_choices(self) -> None:
         for key, choices in (

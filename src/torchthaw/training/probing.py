@@ -63,7 +63,9 @@ class ProbingTrainer(MixingTrainer):
     def _choice(self, stage: Stage | None) -> auto.Choice | None:
         if stage is None or not stage.by_probe:
             return None
-        found = auto.Findings(self._progress.probe_macro_f1, self._progress.shift)
+        # Where the run has validation choose the share of each mixture, the rule for few images gives none.
+        images = None if self.args.wise_ft else length_of(self._train_data)
+        found = auto.Findings(self._progress.probe_macro_f1, self._progress.shift, images)
         return auto.choose(found, transformer=self._is_transformer())
 
     def _wants_shift(self, stage: Stage) -> bool:

@@ -232,7 +232,7 @@ class StagedTrainer(ProbingTrainer):
         self._begin_average()
         self._prepare_checks()
         self._start_clock()
-        if not self._is_border() or self._wants_mixture():
+        if not self._is_border() or self._shares():
             self._speed_up(trains=not self._is_border())
         self.control.should_training_stop = self.control.should_epoch_stop = False
         self.callback_handler.stage = self.stage
@@ -267,6 +267,7 @@ class StagedTrainer(ProbingTrainer):
         if failure is not None and retries:
             self._go_back_for_retry(failure)
             return None
+        mixed = self._mix_unvalidated() if mixed is None and failure is None else mixed
         seconds = progress.stage_seconds + time.monotonic() - self._stage_started
         record = conclude(
             progress, self.args, self.model, stage, self._frozen, self.state,
