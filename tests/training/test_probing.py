@@ -165,6 +165,7 @@ def test_later_stages_go_by_the_probe(make, splits):
     assert probe.probe["macro_f1"] > 0.85
     assert stage.learning_rate == 5e-4
     assert (record.chosen is not None, probe.chosen) == (True, None)
+    assert (stage.wise_ft, record.wise_ft["alpha"]) == (0.5, 0.5)
     assert f"{probe.probe['macro_f1']:.3f}" in record.chosen
     stage, probe, record = seen["far"]
     assert probe.probe["macro_f1"] < 0.5
@@ -190,6 +191,12 @@ class Heads(StageCallback):
         self.weights.append(model.backbone.fc.weight.detach().clone())
 
 
+def test_a_run_that_has_validation_choose_shares_has_it_choose_those_of_few_images_too(make):
+    trainer = make([PROBE, ALL], wise_ft=True)
+    trainer.train()
+    assert len(trainer.stage_records[1].wise_ft["metric"]) == 5
+
+
 @pytest.mark.usefixtures("everything_is_far")
 def test_far_images_train_batch_norm_and_a_new_head(make, splits):
     after, heads = After(), Heads()
@@ -200,6 +207,7 @@ def test_far_images_train_batch_norm_and_a_new_head(make, splits):
     record = trainer.stage_records[1]
     assert f"are {expected:.2f} from the pretrained ones" in record.chosen
     assert (record.batch_norm, after.stages[1].new_head, after.stages[1].learning_rate) == ("train", True, 1e-3)
+    assert record.wise_ft is None
     probed, drawn, trained = after.weights[0][HEAD_WEIGHT], heads.weights[1], after.weights[1][HEAD_WEIGHT]
     # As torch draws linear layers: evenly between these bounds.
     assert drawn.abs().max() <= drawn.shape[1] ** -0.5 < probed.abs().max()
