@@ -515,7 +515,7 @@ def test_the_final_plan_takes_what_half_of_the_folds_kept():
         ("mid", [False, True, False, False], [5]),
         ("all", [True, False, True, False], [4, 6]),
     )
-    final = final_recipe(recipe, said, {"head": "eval", "mid": "train", "all": "freeze_affine"})
+    final = final_recipe(recipe, said, {"head": "eval", "mid": "train", "all": "freeze_affine"}, {})
     head, everything = final.stage_plan().stages
     # Between 2 and 3, rounded up.
     assert (head.name, head.epochs, head.steps, head.patience, head.batch_norm) == ("head", 3, None, None, "eval")
@@ -526,15 +526,24 @@ def test_the_final_plan_takes_what_half_of_the_folds_kept():
 
     said = votes(("head", [True, False, False, False], [1]))
     with pytest.raises(TrainingError, match="no stage was kept by at least half of the folds"):
-        final_recipe(recipe, said, {"head": "eval"})
+        final_recipe(recipe, said, {"head": "eval"}, {})
 
 
 @pytest.mark.parametrize(("in_folds", "in_the_end"), [("train", "auto"), ("eval", "eval")])
 def test_a_final_model_by_a_probe_chooses_again_whether_batch_norm_trains(in_folds, in_the_end):
     recipe = load_recipe({"backbone": "resnet18", "data": {"path": "photos"}, "cv": 4, "plan": "auto"})
     said = votes(("head", [True] * 4, [1] * 4), ("all", [True] * 4, [5] * 4))
-    head, everything = final_recipe(recipe, said, {"head": "eval", "all": in_folds}).stage_plan().stages
+    head, everything = final_recipe(recipe, said, {"head": "eval", "all": in_folds}, {}).stage_plan().stages
     assert (head.batch_norm, everything.batch_norm, everything.by_probe) == ("eval", in_the_end, True)
+
+
+def test_a_final_model_is_mixed_as_those_of_the_folds():
+    """Though it has more images, of so many of which nothing would be mixed."""
+    recipe = load_recipe({"backbone": "resnet18", "data": {"path": "photos"}, "cv": 4, "plan": "auto"})
+    said = votes(("head", [True] * 4, [1] * 4), ("all", [True] * 4, [5] * 4))
+    policies = {"head": "eval", "all": "eval"}
+    head, everything = final_recipe(recipe, said, policies, {"all": 0.5}).stage_plan().stages
+    assert (head.wise_ft, everything.wise_ft) == (None, 0.5)
 
 
 def test_without_a_stage_that_pays_there_is_no_final_model_but_there_are_figures(run, photos, tmp_path):

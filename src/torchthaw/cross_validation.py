@@ -143,13 +143,19 @@ def cross_validate(job: Job, reporter: Reporter) -> dict[str, Any]:
     return document
 
 
-def final_recipe(recipe: Recipe, stages: Sequence[Mapping[str, Any]], policies: Mapping[str, str]) -> Recipe:
+def final_recipe(
+    recipe: Recipe,
+    stages: Sequence[Mapping[str, Any]],
+    policies: Mapping[str, str],
+    shares: Mapping[str, float],
+) -> Recipe:
     """Returns the recipe of the final model: without validation, the stages and their lengths are those of the folds.
 
     Args:
         recipe: With `cv`.
         stages: What `stage_votes` gives.
         policies: BatchNorm policy of each stage in the folds: more images must not turn `auto` into another one.
+        shares: Likewise of the weights of stages in the mixtures with those before them (WiSE-FT).
 
     Returns:
         The recipe with the stages that at least half of the folds kept, each as long as the median (rounded up) of its
@@ -171,7 +177,8 @@ def final_recipe(recipe: Recipe, stages: Sequence[Mapping[str, Any]], policies: 
         # Where the probe chose to train BatchNorm, that of the final model chooses again, as it belongs to a new head.
         if policy == "auto" and not (stage.by_probe and policies[stage.name] == "train"):
             policy = cast(Any, policies[stage.name])
-        kept.append(dataclasses.replace(stage, patience=None, batch_norm=policy, **length))
+        share = shares.get(stage.name) if stage.wise_ft is None else stage.wise_ft
+        kept.append(dataclasses.replace(stage, patience=None, batch_norm=policy, wise_ft=share, **length))
     if not kept:
         raise TrainingError(
             "no stage was kept by at least half of the folds, so there is nothing to train a final model by; the "
@@ -267,6 +274,13 @@ def _summarize(job: Job, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "num_images": [fold["num_images"] for fold in results],
         "stages": stage_votes([fold["stages"] for fold in results]),
         "batch_norm": {stage["name"]: stage["batch_norm"] for fold in results for stage in fold["stages"]},
+        # By which the final model is mixed; not where validation chose the share, which it has none for.
+        "wise_ft": {
+            stage["name"]: stage["wise_ft"]["alpha"]
+            for fold in results
+            for stage in fold["stages"]
+            if stage.get("wise_ft") and not job.recipe.wise_ft
+        },
     }
 
 
@@ -298,7 +312,7 @@ def _document(job: Job, results: Sequence[Mapping[str, Any]], summary: dict[str,
 
 
 def _run_final(job: Job, summary: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
-    recipe = final_recipe(job.recipe, summary["stages"], summary["batch_norm"])
+    recipe = final_recipe(job.recipe, summary["stages"], summary["batch_norm"], summary["wise_ft"])
     resume = job.resume and processes.on_main(lambda: (job.output / "stages").is_dir())
     final = dataclasses.replace(job, recipe=recipe, resume=resume, part=RunPart("final model"))
     trainer = make_trainer(final)
