@@ -548,9 +548,12 @@ def test_a_final_model_is_mixed_as_those_of_the_folds():
 
 def test_without_a_stage_that_pays_there_is_no_final_model_but_there_are_figures(run, photos, tmp_path):
     out = tmp_path / "out"
+    # A stage that trains a new head would be kept.
+    block = "[{name: block, unfreeze: [stage4], epochs: 1}]"
     code, _, stderr = run(
-        "train", "two_phase", "--data", photos, *SMALL, "--set", "plan=head", "--set", "epochs=1",
-        "--set", "cv=2", "--set", "cv_final=true", "--set", "min_gain=0.99", "--output", out,
+        "train", "two_phase", "--data", photos, *SMALL, "--set", "plan=null", "--set", "epochs=null",
+        "--set", f"stages={block}", "--set", "cv=2", "--set", "cv_final=true", "--set", "min_gain=0.99",
+        "--output", out,
     )  # fmt: skip
     assert code == 2, stderr
     assert "no stage was kept by at least half of the folds" in stderr
