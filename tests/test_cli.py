@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 from transformers import pipeline
 
-from torchthaw import cli
 from torchthaw.evaluation.intervals import score_intervals
 from torchthaw.evaluation.predictions import read_predictions
 
@@ -20,20 +19,6 @@ SMALL = ["--backbone", "shufflenet_v2_x0_5", "--set", "weights=null", "--set", "
 SMALL += ["--set", "batch_size=8", "--set", "num_workers=0"]
 
 ONE_STAGE = ["--set", "plan=null", "--set", "epochs=null", "--set", "stages=[{name: a, unfreeze: layer9}]"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command in this process; returns its exit code, stdout and stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["torchthaw", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_train_leaves_a_complete_folder_that_pipeline_uses(run, make_image_folder, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from torchthaw import TorchvisionConfig, cli
+from torchthaw import TorchvisionConfig
 from torchthaw.evaluation.looks import count_test_images, describe_images
 from torchthaw.evaluation.predictions import read_predictions
 
@@ -79,18 +79,6 @@ def trained(data, repository, tmp_path_factory):
 def saved(trained, tmp_path):
     """A copy of the run, to be changed."""
     return Path(shutil.copytree(trained[0], tmp_path / "run"))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["torchthaw", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def log_loss_at(log_temperature, logits, labels):

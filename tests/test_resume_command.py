@@ -13,8 +13,6 @@ import torch
 import yaml
 from PIL import Image
 
-from torchthaw import cli
-
 # 3 steps an epoch, so that there are checkpoints after steps 3, 6 and 9.
 SMALL = ["--backbone", "shufflenet_v2_x0_5", "--weights", "builtin", "--set", "image_size=32", "--set", "epochs=3"]
 SMALL += ["--set", "batch_size=8", "--set", "num_workers=0", "--set", "data.validation=0.25", "--set", "data.test=0.25"]
@@ -32,20 +30,6 @@ sys.addaudithook(watch)
 from torchthaw.cli import main
 main()
 """
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command in this process; returns its exit code, stdout and stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["torchthaw", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def run_killed(event, pattern, *arguments):

@@ -1,7 +1,6 @@
 """Data sets of a stand-in of the Hub, loaded by processes of their own; run as a script, this file loads one."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -78,16 +77,6 @@ if __name__ == "__main__":
     # The pauses between tries, the client's own ones too.
     time.sleep = lambda seconds: None
     {"show": show, "learn": learn}[sys.argv[1]](*json.loads(sys.argv[2]))
-
-
-@pytest.fixture
-def hub():
-    place = Path(__file__).parents[1] / "sharing" / "hub_stand_in.py"
-    spec = importlib.util.spec_from_file_location("hub_stand_in", place)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.HubStandIn() as running:
-        yield running
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from torchthaw.stages import auto
 from torchthaw.stages.proof import digest
 from torchthaw.training import processes
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from small_transformers import small_model
 
 ARCHITECTURE = "shufflenet_v2_x0_5"

@@ -1,7 +1,6 @@
 """Pushes of a saved folder, by the real client over HTTP, to a stand-in of the Hub with faults."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_stand_in import HubStandIn
 from huggingface_hub import HfApi, constants
 from PIL import Image
 from safetensors.numpy import save_file
@@ -33,17 +33,10 @@ PUSHED = {
 }  # fmt: skip
 
 
-def load_stand_in():
-    spec = importlib.util.spec_from_file_location("hub_stand_in", Path(__file__).with_name("hub_stand_in.py"))
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The stand-in, which this process's client talks to, logged in as `maker`."""
-    with load_stand_in().HubStandIn() as running:
+    with HubStandIn() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

@@ -1,11 +1,9 @@
 """`torchthaw push` and `train --push`, as commands in processes of their own, to a stand-in of the Hub."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,16 +12,6 @@ TINY = [
     "train", "two_phase", "--backbone", "shufflenet_v2_x0_5", "--weights", "builtin", "--set", "image_size=32",
     "--set", "epochs=2", "--set", "batch_size=8", "--set", "num_workers=0", "--set", "data.validation=0.25",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def hub():
-    file = Path(__file__).with_name("hub_stand_in.py")
-    spec = importlib.util.spec_from_file_location("hub_stand_in", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.HubStandIn() as running:
-        yield running
 
 
 @pytest.fixture

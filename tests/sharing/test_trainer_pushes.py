@@ -2,14 +2,12 @@
 
 import copy
 import hashlib
-import importlib.util
 import json
 import os
 import pickle
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,15 +89,6 @@ if __name__ == "__main__":
         {"train": train, "load": load, "download": download}[sys.argv[1]](sys.argv[2], **json.loads(sys.argv[3]))
     except ThawError as refused:
         sys.exit(f"{type(refused).__name__}: {refused}")
-
-
-@pytest.fixture
-def hub():
-    spec = importlib.util.spec_from_file_location("hub_stand_in", Path(__file__).with_name("hub_stand_in.py"))
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.HubStandIn() as running:
-        yield running
 
 
 @pytest.fixture

@@ -2,13 +2,12 @@
 
 import builtins
 import copy
-import importlib.util
 import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
+from small_transformers import NETWORKS, small_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,14 +27,7 @@ from torchthaw.stages.presets import fill_defaults
 from torchthaw.stages.proof import digest
 from torchthaw.stages.snapshots import live_names
 
-_SPEC = importlib.util.spec_from_file_location(
-    "small_transformers", Path(__file__).parents[1] / "small_transformers.py"
-)
-small_transformers = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(small_transformers)
-small_model = small_transformers.small_model
-
-SMALL = list(small_transformers.NETWORKS)
+SMALL = list(NETWORKS)
 STAGE = Stage("adapters", "all", lora={"rank": 4, "alpha": 6}, learning_rate=1e-2)
 
 

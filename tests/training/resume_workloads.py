@@ -35,7 +35,7 @@ from torchthaw import (
 from torchthaw.training.callbacks import StageCallback
 from torchthaw.training.resume import has_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from small_transformers import small_model
 
 ARCHITECTURE = "shufflenet_v2_x0_5"

@@ -19,8 +19,8 @@ from torchthaw import (
     TorchvisionForImageClassification,
     TorchvisionImageProcessor,
 )
-from torchthaw.errors import PlanError
-from torchthaw.recipe import RecipeError, load_recipe
+from torchthaw.errors import PlanError, RecipeError
+from torchthaw.recipe import load_recipe
 from torchthaw.training.callbacks import StageCallback
 from torchthaw.training.frozen_part import BorderRows
 

@@ -1,14 +1,13 @@
 """Stages that train low-rank adapters, in runs: what is kept is torchvision's network with merged weights."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from small_transformers import NETWORKS, small_model
 from transformers import TrainerCallback
 
 from torchthaw import (
@@ -24,13 +23,6 @@ from torchthaw import (
 from torchthaw.errors import PlanError, TrainingError
 from torchthaw.stages.low_rank import adapted_weights, adapter_parameters
 from torchthaw.stages.proof import digest
-
-_SPEC = importlib.util.spec_from_file_location(
-    "small_transformers", Path(__file__).parents[1] / "small_transformers.py"
-)
-small_transformers = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(small_transformers)
-small_model = small_transformers.small_model
 
 LORA = {"rank": 4, "alpha": 8}
 # 3 steps an epoch.
@@ -86,7 +78,7 @@ class Watch(TrainerCallback):
             self.optimizer_groups = [group["name"] for group in optimizer.param_groups]
 
 
-@pytest.mark.parametrize("architecture", list(small_transformers.NETWORKS))
+@pytest.mark.parametrize("architecture", list(NETWORKS))
 def test_a_stage_ends_with_merged_weights_under_torchvisions_keys(make, architecture, tmp_path):
     watch = Watch()
     trainer = make(architecture=architecture, callbacks=[watch], load_best_model_at_end=False, save_total_limit=None)
