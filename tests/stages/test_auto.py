@@ -86,7 +86,7 @@ def test_a_stage_gets_what_was_chosen_and_keeps_what_was_given():
     (stage,) = fill_defaults(StagePlan((Stage("all", by_probe=True),)), transformer=False).stages
     assert (stage.learning_rate, stage.layer_decay) == (3e-4, 0.3)
     found = chosen(stage, far, head_rate=1e-3, transformer=False)
-    # `auto` would train BatchNorm from 10,000 images on.
+    # `auto` would train BatchNorm of many images.
     assert found == dataclasses.replace(stage, learning_rate=1e-3, batch_norm="eval")
     unknown = chosen(stage, choose(Findings(None), transformer=False), head_rate=1e-3, transformer=False)
     assert unknown.batch_norm == "auto"
