@@ -192,10 +192,8 @@ def decide(
         return Decision(True, "there was no validation before the stage to compare with: kept", None)
     accepted, verdict = _verdict(gate, comparison, min_gain, greater_is_better, alpha)
     if not accepted and from_new_head and math.isfinite(comparison.after):
-        accepted, verdict = (
-            True,
-            f"{verdict.removesuffix(', not kept')}, but kept, since the head was untrained before it",
-        )
+        accepted = True
+        verdict = f"{verdict.removesuffix(', not kept')}, but kept, since the head was untrained before it"
     return Decision(accepted, f"{_figures(comparison)}: {verdict}", comparison)
 
 

@@ -90,15 +90,10 @@ class ValidatingTrainer(GuardedTrainer):
 
         Never at the cost of what makes the stage better than the weights before it.
         """
-        peak, before = self._progress.peak, self._progress.kept
+        peak, before = self._progress.peak, None if self._progress.head_is_new else self._progress.kept
         if self.stage is None or self.stage.selection != "one_se" or peak is None:
             return False
-        if (
-            before is not None
-            and not self._progress.head_is_new
-            and self._is_better(peak, before)
-            and not self._is_better(new, before)
-        ):
+        if before is not None and self._is_better(peak, before) and not self._is_better(new, before):
             return False
         p_value = compare(self._metric_name(), peak.measured, new.measured, seed=self.args.seed).p_value
         return p_value is not None and p_value >= _ONE_STANDARD_ERROR
