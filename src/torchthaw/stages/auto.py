@@ -107,7 +107,7 @@ def choose(found: Findings, *, transformer: bool) -> Choice:
         rate, reason = FARTHER_RATE, f"{reason}, below {NEAR:g}: its features have farther to go, so larger steps"
     if found.images is None or found.images >= FEW_IMAGES:
         return Choice(rate, reason, keeps_statistics=True)
-    reason += f", and with fewer than {FEW_IMAGES} images {100 * FEW_SHARE:g} % of their way (WiSE-FT)"
+    reason += f", and of fewer than {FEW_IMAGES} images {100 * FEW_SHARE:g} % of their way"
     return Choice(rate, reason, keeps_statistics=True, share=FEW_SHARE)
 
 
