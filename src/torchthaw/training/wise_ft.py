@@ -38,11 +38,9 @@ class MixingTrainer(AveragingTrainer):
     def _mix(self, ignore_keys: list[str] | None) -> dict[str, Any] | None:
         """Makes the best mixture what the stage proposes; of equal ones that with the most of the stage's weights.
 
-        A share that the stage gives is not compared with others.
-
         Statistics of BatchNorm that the stage has trained are mixed as weights are, though those of a mixture are not
-        the mixture of those: such a mixture may score less than it could, but the stage's own weights are among those
-        that are compared.
+        the mixture of those: such a mixture may score less than it could. The stage's own weights are among those that
+        are compared, unless the stage gives the share, which is then compared with no other.
 
         Returns:
             What a record says of it; None if there was nothing to mix, or only a head that nothing had trained.
