@@ -7,22 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from saved_models import CODE_FILES
 
 import torchthaw.backbones
 
 SOURCE = Path(torchthaw.backbones.__file__).parent
-FILES = ("anatomy", "checkpointing", "configuration", "image_processing", "modeling", "network")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", CODE_FILES)
 def test_imports(name: str):
     allowed = {"torch", "torchvision", "transformers", "PIL", "numpy", *sys.stdlib_module_names}
-    for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse((SOURCE / name).read_text())):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
         elif isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1
-            assert node.module in FILES
+            assert f"{node.module}.py" in CODE_FILES
         elif isinstance(node, ast.ImportFrom):
             assert str(node.module).split(".")[0] in allowed
 
@@ -31,8 +31,8 @@ def test_copies_work_where_torchthaw_is_not_installed(tmp_path: Path):
     package = tmp_path / "travelled"
     package.mkdir()
     (package / "__init__.py").touch()
-    for name in FILES:
-        shutil.copy(SOURCE / f"{name}.py", package)
+    for name in CODE_FILES:
+        shutil.copy(SOURCE / name, package)
     program = """
 import sys
 sys.modules["torchthaw"] = None

@@ -16,6 +16,7 @@ from hub_stand_in import HubStandIn
 from huggingface_hub import HfApi, constants
 from PIL import Image
 from safetensors.numpy import save_file
+from saved_models import CODE_FILES
 
 import torchthaw
 from torchthaw.errors import HubError, SharingError
@@ -23,13 +24,12 @@ from torchthaw.sharing.hub import push_folder
 from torchthaw.sharing.pushed_files import saved_files
 
 TOKEN = "hf_makerwrites"
-CODE = ("anatomy.py", "checkpointing.py", "configuration.py", "image_processing.py", "modeling.py", "network.py")
 CARD = (
     "---\nlibrary_name: transformers\npipeline_tag: image-classification\ntags:\n- torchthaw\n---\n\n# Ants and bees\n"
 )
 PUSHED = {
-    *CODE, "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json", "recipe.yaml",
-    "audit.json", "plots/curves.png", "LICENSE",
+    *CODE_FILES, "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "results.json",
+    "recipe.yaml", "audit.json", "plots/curves.png", "LICENSE",
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def write_run(root):
     (root / "config.json").write_text(json.dumps(config))
     processor = {"auto_map": {"AutoImageProcessor": {"torchvision": "image_processing.P", "other": None}}}
     (root / "preprocessor_config.json").write_text(json.dumps(processor))
-    for name in CODE:
+    for name in CODE_FILES:
         shutil.copy(Path(torchthaw.__file__).parent / "backbones" / name, root / name)
     (root / "README.md").write_text(CARD)
     digest = hashlib.sha256((root / "model.safetensors").read_bytes()).hexdigest()

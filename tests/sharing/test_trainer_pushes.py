@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from saved_models import CODE_FILES
 
 from torchthaw import Stage, ThawTrainer, ThawTrainingArguments, TorchvisionForImageClassification
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
@@ -20,8 +21,7 @@ from torchthaw.training.checkpoints import why_incomplete
 
 TOKEN = "hf_makerwrites"
 ARCHITECTURE = "shufflenet_v2_x0_5"
-CODE = {"anatomy.py", "checkpointing.py", "configuration.py", "image_processing.py", "modeling.py", "network.py"}
-MODEL = {*CODE, "config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+MODEL = {*CODE_FILES, "config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
 PLAN = [
     Stage("head", unfreeze="head", epochs=1, learning_rate=1e-2),
     Stage("<all>", unfreeze="all", epochs=1, learning_rate=1e-3),

@@ -8,8 +8,48 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .anatomy import family_of, group_paths
 
-def recomputed(
+
+@contextlib.contextmanager
+def recomputed_blocks(
+    net: nn.Module, architecture: str, checkpoint_function: Callable[..., Any], every: int
+) -> Iterator[None]:
+    """While this lasts, the blocks of a network do not store their activations but recompute them in backward.
+
+    Args:
+        net: The torchvision network.
+        architecture: torchvision's name of it.
+        checkpoint_function: Calls a function so that its activations are recomputed.
+        every: Takes every so-manyth block only, in the families that have blocks.
+    """
+    family = family_of(architecture)
+    if family.blocks:
+        blocks = [module for module in net.modules() if type(module).__name__ in family.blocks]
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            block: _recomputed(block.forward, block, checkpoint_function) for block in blocks[::every]
+        }
+    else:
+        assert family.by_resolution is not None
+        container = net.get_submodule(family.by_resolution)
+        runs = [
+            nn.Sequential(*(net.get_submodule(path) for path in paths))
+            for paths in group_paths(architecture, net).values()
+            if paths[0].startswith(f"{family.by_resolution}.")
+        ]
+        forwards = {container: _in_turn([_recomputed(run.forward, run, checkpoint_function) for run in runs])}
+    own = {block: vars(block)["forward"] for block in forwards if "forward" in vars(block)}
+    try:
+        for block, forward in forwards.items():
+            block.forward = forward
+        yield
+    finally:
+        for block in forwards:
+            del block.forward
+            vars(block).update({"forward": own[block]} if block in own else {})
+
+
+def _recomputed(
     forward: Callable[..., Any], block: nn.Module, checkpoint_function: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Returns a block's forward that does not store activations but recomputes them in backward."""
@@ -22,7 +62,7 @@ def recomputed(
     return run
 
 
-def in_turn(functions: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+def _in_turn(functions: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     """Returns the functions one after another as one."""
 
     def run(value: Any) -> Any:

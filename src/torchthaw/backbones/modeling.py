@@ -2,8 +2,7 @@
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
@@ -11,34 +10,20 @@ from typing import Any, TypeVar
 import torch
 import torchvision
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutput
 
-from .anatomy import FAMILIES, HEAD, closest, family_of, group_paths
-from .checkpointing import in_turn, recomputed
+from .anatomy import FAMILIES, HEAD, closest, family_of
+from .checkpointing import recomputed_blocks
 from .configuration import TorchvisionConfig, names_by_id
+from .label_loss import classification_loss
+from .layer_groups import LayerGroup, layer_groups
 from .network import align_memory, build_network, like, with_version
 
 Model = TypeVar("Model", bound="TorchvisionPreTrainedModel")
 
 _PREFIX = "backbone"
-
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """A run of layers that are frozen and trained together.
-
-    Attributes:
-        name: Name of the group, such as `stem`, `layer4`, `block11` or `head`.
-        modules: Top-level modules of the group in forward order, by dotted name from the model's root.
-        parameters: All parameters of the group by dotted name from the model's root.
-    """
-
-    name: str
-    modules: dict[str, nn.Module]
-    parameters: dict[str, nn.Parameter]
 
 
 class TorchvisionPreTrainedModel(PreTrainedModel):
@@ -148,22 +133,7 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         What was added to the model belongs to the group in whose modules it was put, and else to the head, since it is
         as untrained as that.
         """
-        paths = {
-            name: [f"{_PREFIX}.{path}" for path in group]
-            for name, group in group_paths(self.config.architecture, self.backbone).items()
-        }
-        paths[HEAD] += _additions(self, {path for group in paths.values() for path in group})
-        parameters = dict(self.named_parameters(remove_duplicate=False))
-        names = {id(parameter): name for name, parameter in self.named_parameters()}
-        groups = {}
-        for name, group in paths.items():
-            modules = {path: self.get_submodule(path) for path in group if path not in parameters}
-            found = [parameters[path] for path in group if path in parameters]
-            found += [parameter for module in modules.values() for parameter in module.parameters()]
-            # A parameter that several groups share belongs to the first.
-            members = {names.pop(id(parameter)): parameter for parameter in found if id(parameter) in names}
-            groups[name] = LayerGroup(name=name, modules=modules, parameters=members)
-        return groups
+        return layer_groups(self, self.config.architecture, _PREFIX)
 
     @property
     def held_in_eval(self) -> tuple[str, ...]:
@@ -254,38 +224,6 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
         self._checkpoint_function = partial(gradient_checkpointing_func, use_reentrant=False)
         self._checkpoint_every = every_n_layers
 
-    @contextlib.contextmanager
-    def _recomputed_blocks(self) -> Iterator[None]:
-        """While this lasts, the blocks of the network do not store their activations but recompute them in backward."""
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            yield
-            return
-        family = family_of(self.config.architecture)
-        if family.blocks:
-            blocks = [module for module in self.backbone.modules() if type(module).__name__ in family.blocks]
-            forwards: dict[nn.Module, Callable[..., Any]] = {
-                block: recomputed(block.forward, block, self._checkpoint_function)
-                for block in blocks[:: self._checkpoint_every]
-            }
-        else:
-            assert family.by_resolution is not None
-            container = self.backbone.get_submodule(family.by_resolution)
-            runs = [
-                nn.Sequential(*(self.backbone.get_submodule(path) for path in paths))
-                for paths in group_paths(self.config.architecture, self.backbone).values()
-                if paths[0].startswith(f"{family.by_resolution}.")
-            ]
-            forwards = {container: in_turn([recomputed(run.forward, run, self._checkpoint_function) for run in runs])}
-        own = {block: vars(block)["forward"] for block in forwards if "forward" in vars(block)}
-        try:
-            for block, forward in forwards.items():
-                block.forward = forward
-            yield
-        finally:
-            for block in forwards:
-                del block.forward
-                vars(block).update({"forward": own[block]} if block in own else {})
-
     def _run(self, pixel_values: torch.Tensor | None, recorded: Mapping[str, nn.Module]) -> tuple[Any, dict[str, Any]]:
         """Runs the network; returns its output and the outputs of the recorded modules."""
         self._check_input(pixel_values)
@@ -295,7 +233,12 @@ class TorchvisionPreTrainedModel(PreTrainedModel):
             outputs[name] = output
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._recomputed_blocks())
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                stack.enter_context(
+                    recomputed_blocks(
+                        self.backbone, self.config.architecture, self._checkpoint_function, self._checkpoint_every
+                    )
+                )
             for name, module in recorded.items():
                 stack.callback(module.register_forward_hook(partial(record, name)).remove)
             result = self.backbone(pixel_values)
@@ -427,62 +370,6 @@ class TorchvisionForImageClassification(TorchvisionPreTrainedModel):
             hidden_states=tuple(recorded[name] for name in ends) if with_states else None,
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
-
-
-def _additions(model: nn.Module, listed: set[str]) -> list[str]:
-    """Returns the uppermost modules and the parameters of a model that are not within the listed ones, by name."""
-    modules = {path: module for path, module in model.named_modules() if path in listed}
-    known = {part for module in modules.values() for part in module.modules()}
-    added: list[str] = []
-
-    def search(module: nn.Module, path: str) -> None:
-        added.extend(name for name, _ in module.named_parameters(path, recurse=False) if name not in listed)
-        for name, child in module.named_children():
-            if child in known:
-                continue
-            child_path = f"{path}.{name}" if path else name
-            if known.isdisjoint(child.modules()):
-                added.append(child_path)
-                known.update(child.modules())
-            else:
-                search(child, child_path)
-
-    search(model, "")
-    return added
-
-
-def classification_loss(
-    labels: torch.Tensor, pooled_logits: torch.Tensor, config: TorchvisionConfig, **_kwargs: Any
-) -> torch.Tensor:
-    """Returns the mean cross entropy, or for several labels per image the mean binary cross entropy.
-
-    Args:
-        labels: (batch,) class ids, or (batch, num_labels) probabilities (or 0 and 1 for several labels per image).
-        pooled_logits: (batch, num_labels).
-        config: Its `problem_type` says whether an image may have several labels.
-
-    Raises:
-        ValueError: If the labels have neither shape.
-    """
-    labels = labels.to(pooled_logits.device)
-    if labels.shape == pooled_logits.shape and config.problem_type == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(pooled_logits, labels.to(pooled_logits.dtype))
-    if labels.is_floating_point() and (labels.ndim == 1 or labels.shape[1:] == (1,)):
-        # Cross entropy of a single class would be 0, whatever the labels are.
-        raise ValueError(
-            f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} are one number per image to be estimated, "
-            "which is regression, and this is a classifier. Pass class ids, integers of shape (batch,); for numbers, "
-            "classes of them, such as ranges."
-        )
-    if labels.shape == pooled_logits.shape and labels.is_floating_point():
-        return F.cross_entropy(pooled_logits, labels.to(pooled_logits.dtype))
-    if labels.shape == pooled_logits.shape[:1] and not labels.is_floating_point():
-        return F.cross_entropy(pooled_logits, labels.long())
-    raise ValueError(
-        f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit logits of shape "
-        f"{tuple(pooled_logits.shape)}. Pass class ids of shape (batch,), or floats of shape (batch, num_labels): a "
-        "distribution over the classes, or 0 and 1 with problem_type='multi_label_classification'."
-    )
 
 
 def _wants_dict(config: TorchvisionConfig, return_dict: bool | None) -> bool:
