@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from saved_models import CODE_FILES
+from model_code import CODE_FILES
 
 import torchthaw.backbones
 

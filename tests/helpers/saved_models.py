@@ -12,11 +12,6 @@ ONE_OF_EACH_FAMILY = {
     "resnet18": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32, "swin_t": 32, "swin_v2_t": 32, "vgg11_bn": 32,
     "vit_b_16": 32,
 }  # fmt: skip
-# What a saved model carries as its code.
-CODE_FILES = (
-    "anatomy.py", "checkpointing.py", "configuration.py", "image_processing.py", "label_loss.py", "layer_groups.py",
-    "modeling.py", "network.py",
-)  # fmt: skip
 CLASSES = ["ant", "bee", "häßlich <b>"]
 
 

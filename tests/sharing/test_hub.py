@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hub_stand_in import HubStandIn
 from huggingface_hub import HfApi, constants
+from model_code import CODE_FILES
 from PIL import Image
 from safetensors.numpy import save_file
-from saved_models import CODE_FILES
 
 import torchthaw
 from torchthaw.errors import HubError, SharingError

@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from saved_models import CODE_FILES
+from model_code import CODE_FILES
 
 from torchthaw import Stage, ThawTrainer, ThawTrainingArguments, TorchvisionForImageClassification
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
@@ -101,7 +101,7 @@ def run(hub, tmp_path):
         known |= {"HF_TOKEN": token} if token else {}
         done = subprocess.run(
             [sys.executable, __file__, part, str(folder), json.dumps(options)],
-            env={**known, "OMP_NUM_THREADS": "1"},
+            env={**known, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
             timeout=500,

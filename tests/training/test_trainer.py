@@ -1,7 +1,9 @@
 """Real staged runs on drawn images with a small network."""
 
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -290,3 +292,24 @@ def test_stock_trainer_trains_the_wrapped_model(tmp_path, splits, processor):
     # Loaded tensors lie elsewhere in memory, for which some kernels round differently.
     torch.testing.assert_close(again(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_earlier_trainer_is_gone_when_the_next_one_trains(tmp_path, splits, processor):
+    alive = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            alive.append(earlier() is not None)
+
+    gc.disable()
+    try:
+        trainer = new_trainer(tmp_path / "first", splits, processor)
+        trainer.train()
+        earlier = weakref.ref(trainer.model)
+        del trainer
+        assert earlier() is not None, "it is part of a circle"
+        new_trainer(tmp_path / "second", splits, processor, callbacks=[Look()]).train()
+    finally:
+        gc.enable()
+    assert alive == [False]
+    assert gc.get_freeze_count() == 0

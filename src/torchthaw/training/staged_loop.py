@@ -59,6 +59,7 @@ class StagedTrainer(ProbingTrainer):
     """Runs the stages of a plan as one run of `Trainer`; `ThawTrainer` adds what users pass and read."""
 
     callback_handler: StagedCallbackHandler
+    _ran_before = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,6 +96,10 @@ class StagedTrainer(ProbingTrainer):
         # Who froze objects before keeps them frozen.
         freezes = gc.get_freeze_count() == 0
         if freezes:
+            # Earlier trainers of the process refer to themselves; frozen, what they hold would stay for another run.
+            if StagedTrainer._ran_before:
+                gc.collect()
+            StagedTrainer._ran_before = True
             gc.freeze()
         try:
             with kept:
