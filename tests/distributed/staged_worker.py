@@ -205,7 +205,7 @@ def probe(folder, batch_size):
 
 def far(folder, batch_size):
     """Images count as far from those of pretraining, so that BatchNorm trains, and the head anew."""
-    found = {"FAR_IMAGES": 1, "FAR_STEPS": 1, "FAR_SHIFT": 0.0, "SMALL_BATCH": 1}
+    found = {"FAR_IMAGES": 1, "FAR_STEPS": 1, "FAR_SHIFT": 0.0, "FAR_PROBE": 0.0, "SMALL_BATCH": 1}
     usual = {name: getattr(auto, name) for name in found}
     vars(auto).update(found)
     try:

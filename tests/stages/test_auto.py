@@ -7,6 +7,7 @@ import pytest
 from torchthaw.errors import PlanError
 from torchthaw.stages.auto import (
     FAR_IMAGES,
+    FAR_PROBE,
     FAR_SHIFT,
     FAR_STEPS,
     FEW_IMAGES,
@@ -45,7 +46,7 @@ def test_transformers_keep_the_defaults_of_their_family(macro_f1):
     assert (choice.rate, choice.relearns, choice.keeps_statistics) == (2e-4, False, False)
 
 
-@pytest.mark.parametrize("macro_f1", [0.1, 0.95])
+@pytest.mark.parametrize("macro_f1", [FAR_PROBE, 0.95])
 def test_far_images_train_batch_norm_and_a_new_head(macro_f1):
     far = choose(Findings(macro_f1, shift=FAR_SHIFT), transformer=False)
     assert (far.rate, far.relearns) == (1e-3, True)
@@ -59,10 +60,17 @@ def test_far_images_train_batch_norm_and_a_new_head(macro_f1):
     assert found == dataclasses.replace(stage, layer_decay=0.6, **relearning)
 
 
+def test_far_images_that_the_probe_tells_badly_are_not_learned_anew():
+    choice = choose(Findings(FAR_PROBE - 1e-3, shift=2.0), transformer=False)
+    assert (choice.rate, choice.relearns, choice.keeps_statistics) == (1e-3, False, True)
+
+
 @pytest.mark.parametrize(
     ("matters", "change"),
     [
         (True, {}),
+        (False, {"macro_f1": FAR_PROBE - 1e-3}),
+        (False, {"macro_f1": None}),
         (False, {"images": FAR_IMAGES - 1}),
         (False, {"images": None}),
         (False, {"batch_size": 31}),
@@ -74,8 +82,8 @@ def test_far_images_train_batch_norm_and_a_new_head(macro_f1):
 )
 def test_when_the_shift_matters(matters, change):
     given = {
-        "stage": Stage("all", by_probe=True), "images": FAR_IMAGES, "batch_size": 32, "steps": FAR_STEPS,
-        "transformer": False,
+        "stage": Stage("all", by_probe=True), "macro_f1": FAR_PROBE, "images": FAR_IMAGES, "batch_size": 32,
+        "steps": FAR_STEPS, "transformer": False,
     }  # fmt: skip
     given.update(change)
     assert shift_matters(given.pop("stage"), **given) is matters
@@ -105,7 +113,7 @@ def test_a_stage_gets_what_was_chosen_and_keeps_what_was_given():
         (None, 0.95, None, False, None),
         (10, None, None, False, None),
         (10, 0.5, None, True, None),
-        (FAR_IMAGES - 1, 0.5, FAR_SHIFT, False, None),
+        (FAR_IMAGES - 1, FAR_PROBE, FAR_SHIFT, False, None),
     ],
 )
 def test_of_few_images_half_of_the_way_is_gone(images, macro_f1, shift, transformer, share):

@@ -69,10 +69,9 @@ class ProbingTrainer(MixingTrainer):
         return auto.choose(found, transformer=self._is_transformer())
 
     def _wants_shift(self, stage: Stage) -> bool:
-        if not stage.by_probe or self._progress.probe_macro_f1 is None:
-            return False
-        return auto.shift_matters(
+        return stage.by_probe and auto.shift_matters(
             stage,
+            macro_f1=self._progress.probe_macro_f1,
             images=length_of(self._train_data),
             batch_size=stage.batch_size or self.args.per_device_train_batch_size,
             steps=self._planned_steps[self._progress.stage_index],
