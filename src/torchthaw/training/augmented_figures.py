@@ -9,7 +9,7 @@ from torchthaw.evaluation.arrays import Floats
 from torchthaw.evaluation.augmented_predictions import VIEWS, mean_prediction
 from torchthaw.evaluation.metrics import classification_metrics
 from torchthaw.evaluation.multilabel import multilabel_metrics
-from torchthaw.training.gate import Measured, compare
+from torchthaw.training.comparison import Measured, compare
 
 # Those of several labels that need no thresholds, which a paired test does not know.
 _COMPARED = {False: ("accuracy", "macro_f1", "loss"), True: ("map", "loss")}

@@ -15,7 +15,7 @@ from torchthaw.data.views import ImageView
 from torchthaw.evaluation.inference import predict_split
 from torchthaw.evaluation.intervals import mid_p_interval
 from torchthaw.stages.snapshots import Snapshot, all_tensors, put_back
-from torchthaw.training.gate import Measured, compare
+from torchthaw.training.comparison import Measured, compare
 from torchthaw.training.results import ProgressBars, no_progress
 
 

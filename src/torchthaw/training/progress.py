@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torchthaw.evaluation.files import replacing
 from torchthaw.stages.averages import WeightAverage
 from torchthaw.stages.snapshots import Snapshot
-from torchthaw.training.gate import Measured
+from torchthaw.training.comparison import Measured
 from torchthaw.training.records import StageRecord
 
 STATE_FILE = "stage_state.json"

@@ -12,7 +12,8 @@ from torchthaw.stages.plan import HEAD, Stage
 from torchthaw.stages.proof import relative_changes
 from torchthaw.stages.snapshots import put_back
 from torchthaw.training.arguments import ThawTrainingArguments
-from torchthaw.training.gate import Comparison, Decision, compare, decide
+from torchthaw.training.comparison import Comparison, compare
+from torchthaw.training.gate import Decision, decide
 from torchthaw.training.processes import on_main
 from torchthaw.training.progress import Outcome, Progress
 from torchthaw.training.records import StageRecord

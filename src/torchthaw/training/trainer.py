@@ -24,9 +24,9 @@ from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
 from torchthaw.training.average_options import check_averaged_stages
 from torchthaw.training.balanced_training import BalancedTrainer
+from torchthaw.training.comparison import supports_test
 from torchthaw.training.completion import check_data, complete_arguments
 from torchthaw.training.datasets import as_view, length_of, stage_view
-from torchthaw.training.gate import supports_test
 from torchthaw.training.range_test import RangeTest
 from torchthaw.training.rate_finder import RangeTestSettings, range_tests
 

@@ -14,7 +14,7 @@ from torchthaw.evaluation.multilabel_figures import log_loss
 from torchthaw.stages.low_rank import take_merged_snapshot, with_adapted_weights
 from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
-from torchthaw.training.gate import Measured, compare
+from torchthaw.training.comparison import Measured, compare
 from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.guarded_steps import GuardedTrainer
 from torchthaw.training.progress import Outcome, Progress

@@ -9,7 +9,7 @@ from torchthaw.evaluation.arrays import Floats
 from torchthaw.evaluation.multilabel_figures import FIGURES, decide, resampled, value_of
 
 if TYPE_CHECKING:
-    from torchthaw.training.gate import Measured
+    from torchthaw.training.comparison import Measured
 
 
 def has_several_labels(labels: Any) -> bool:
