@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from interruptions import Interrupt, InterruptionError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
@@ -206,22 +207,6 @@ def test_a_checkpoint_holds_the_averages_that_were_validated(make, tmp_path):
         saved = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
         assert different(saved, seen.validated[stage][number][0]) == []
         assert different(saved, seen.steps[stage][number])
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class Interrupt(StageCallback):
-    """Raises at an event of callbacks, at a step of the run."""
-
-    def __init__(self, event, step):
-        setattr(self, event, self.strike)
-        self.step = step
-
-    def strike(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 # What a run is like, and where it is interrupted.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from interruptions import Interrupt, InterruptionError
 from torch.nn import functional as F
 
 from torchthaw import (
@@ -313,19 +314,6 @@ def test_every_epoch_and_stage_draws_anew(make):
     np.testing.assert_allclose(shares, class_probabilities(np.array(COUNTS), "balanced"), atol=0.15)
 
 
-class InterruptionError(Exception):
-    pass
-
-
-class Interrupt(transformers.TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise InterruptionError
-
-
 @pytest.fixture
 def images(make_image_folder):
     """Uneven classes, as images: 20, 2 and 2."""
@@ -343,7 +331,7 @@ def test_a_run_goes_on_in_mid_epoch_with_the_same_draws(make, images, step):
     undisturbed = make("undisturbed", **options)
     undisturbed.train()
     broken = make("broken", **options)
-    broken.add_callback(Interrupt(step))
+    broken.add_callback(Interrupt("on_step_end", step))
     with pytest.raises(InterruptionError):
         broken.train()
     resumed = make("broken", **options, dataloader_num_workers=2)
@@ -356,7 +344,7 @@ def test_a_run_goes_on_in_mid_epoch_with_the_same_draws(make, images, step):
 
 def test_a_run_is_not_gone_on_with_otherwise_weighted(make):
     broken = make(save_strategy="steps", save_steps=1, class_weights=BY_NAME)
-    broken.add_callback(Interrupt(2))
+    broken.add_callback(Interrupt("on_step_end", 2))
     with pytest.raises(InterruptionError):
         broken.train()
     other = make(save_strategy="steps", save_steps=1, class_weights={"bee": 3.0, "cat": 5.0}, sampling="sqrt")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from interruptions import Interrupt, InterruptionError
 from safetensors.torch import load_file
 from small_transformers import NETWORKS, small_model
 from transformers import TrainerCallback
@@ -178,20 +179,6 @@ def test_the_same_again(make):
         trainer.train()
         finals.append(trainer.model.state_dict())
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, event, step):
-        setattr(self, event, self.strike)
-        self.step = step
-
-    def strike(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from interruptions import Interrupt, InterruptionError
 from sklearn.linear_model import LogisticRegression
 
 from torchthaw import (
@@ -34,20 +35,6 @@ CLASSES = ["ant", "bee", "cat"]
 HEAD_WEIGHT = "backbone.fc.weight"
 PROBE = Stage("head", "head", solver="probe")
 ALL = Stage("all", "all", epochs=2, by_probe=True, selection="one_se")
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class Interrupt(StageCallback):
-    def __init__(self, event, step):
-        setattr(self, event, self.strike)
-        self.step = step
-
-    def strike(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 class After(StageCallback):

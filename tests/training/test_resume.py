@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from interruptions import Interrupt, InterruptionError
 from transformers import EarlyStoppingCallback
 
 from torchthaw import (
@@ -22,7 +23,6 @@ from torchthaw import (
     load_image_dataset,
 )
 from torchthaw.errors import PlanError
-from torchthaw.training.callbacks import StageCallback
 from torchthaw.training.checkpoints import MANIFEST, why_incomplete
 from torchthaw.training.resume import JOURNAL_FILE, has_checkpoint, read_journal
 
@@ -35,22 +35,6 @@ PLAN = [
 ]
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": False}
 STEPS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-
-
-class InterruptionError(Exception):
-    pass
-
-
-class Interrupt(StageCallback):
-    """Raises at an event of callbacks, at a step of the run."""
-
-    def __init__(self, event, step):
-        setattr(self, event, self.strike)
-        self.step = step
-
-    def strike(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise InterruptionError
 
 
 class Start(transformers.TrainerCallback):

@@ -6,6 +6,7 @@ Should a first half fail one day because `Trainer` has learned it, the mechanism
 import numpy as np
 import pytest
 import torch
+from interruptions import Interrupt, InterruptionError
 from PIL import Image
 from torch import nn
 from torchvision.models import get_model_weights
@@ -85,21 +86,6 @@ def set_batch_norm_to_eval(model):
             module.eval()
 
 
-class InterruptionError(Exception):
-    pass
-
-
-class Interrupt(TrainerCallback):
-    """Ends the run as a crash does, in a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptionError
-
-
 class StepCounter(TrainerCallback):
     def __init__(self):
         self.steps = 0
@@ -169,7 +155,7 @@ def test_trap_e_a_checkpoint_of_a_head_stage_does_not_resume_with_an_unfrozen_mo
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in head)
     with pytest.raises(InterruptionError):
-        stock_trainer(model, data, tmp_path, [Interrupt(STEPS_PER_EPOCH + 1)], **changes).train()
+        stock_trainer(model, data, tmp_path, [Interrupt("on_step_end", STEPS_PER_EPOCH + 1)], **changes).train()
     with pytest.raises(ValueError, match=r"parameter group that doesn't match the size|different number of parameter"):
         stock_trainer(new_model(), data, tmp_path, **changes).train(resume_from_checkpoint=True)
 
@@ -191,7 +177,7 @@ def test_trap_e_a_staged_run_resumes_to_the_weights_of_the_undisturbed_one(tmp_p
         if interrupted_at is None:
             trainer.train()
             return trainer
-        trainer.add_callback(Interrupt(interrupted_at))
+        trainer.add_callback(Interrupt("on_step_end", interrupted_at))
         with pytest.raises(InterruptionError):
             trainer.train()
         again = thaw_trainer(new_model(), data, folder, [HEAD, ALL], [steps_done], save_strategy="epoch")
@@ -312,7 +298,7 @@ def test_trap_j_trainer_forgets_the_state_of_callbacks_on_resume(tmp_path, data)
     def steps_counted(new_trainer):
         """Counts over an interrupted run, with the step after the last checkpoint done again."""
         with pytest.raises(InterruptionError):
-            new_trainer([SavedStepCounter(), Interrupt(STEPS_PER_EPOCH + 1)]).train()
+            new_trainer([SavedStepCounter(), Interrupt("on_step_end", STEPS_PER_EPOCH + 1)]).train()
         trainer = new_trainer([SavedStepCounter()])
         trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 2 * STEPS_PER_EPOCH
