@@ -142,7 +142,7 @@ def test_push_makes_the_repository_and_has_what_belongs_there_in_one_commit(hub,
     assert not repository.private
     assert pushed.url == f"{hub.url}/maker/ants"
     assert repository.at("main").files["model.safetensors"].lfs
-    assert "uploading 15 files" in lines[-1]
+    assert f"uploading {len(PUSHED)} files" in lines[-1]
     assert "maker/ants" in lines[-1]
     assert all(request["headers"].get("authorization") == f"Bearer {TOKEN}" for request in hub.asked("^/api/models/"))
 
