@@ -416,6 +416,10 @@ def test_a_checkpoint_in_a_linked_output_folder_is_found(linked, tmp_path):
 # Kills
 
 
+def complete_in(output_dir):
+    return [folder for folder in checkpoints_in(output_dir) if why_incomplete(folder) is None]
+
+
 def save_without_end(output_dir, first):
     for step in range(first, first + 10_000):
         write(output_dir, step, pause=0.0005)
@@ -428,11 +432,11 @@ def save_without_end(output_dir, first):
 def test_kills_at_any_time_leave_a_whole_checkpoint_and_no_false_one(tmp_path):
     times, context = random.Random(0), multiprocessing.get_context("fork")
     first, half_written = 1, 0
-    for _ in range(25):
+    for kill in range(25):
         child = context.Process(target=save_without_end, args=(tmp_path, first))
         child.start()
-        # The first one may have to come to be; afterwards there is always one.
-        while child.is_alive() and last_complete(tmp_path)[0] is None:
+        # Every second child completes a checkpoint, also where starting it takes longer than the pause.
+        while child.is_alive() and kill % 2 == 0 and first not in map(step_of, complete_in(tmp_path)):
             time.sleep(0.001)
         time.sleep(times.uniform(0, 0.06))
         os.kill(child.pid, signal.SIGKILL)
