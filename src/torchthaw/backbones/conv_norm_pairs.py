@@ -1,18 +1,29 @@
-"""Finds the convolutions of a network whose output goes to a BatchNorm and nowhere else."""
+"""Finds the convolutions of a network whose output goes to a BatchNorm and nowhere else, with the activation after."""
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .activations import FUSED
 from .anatomy import family_of, smallest_image
 from .modeling import TorchvisionPreTrainedModel
 
-Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+
+@dataclass(frozen=True)
+class Pair:
+    """A convolution and the BatchNorm after it, with the activation in place after that, if there is one."""
+
+    convolution: nn.Conv2d
+    norm: nn.BatchNorm2d
+    activation: nn.Module | None = None
+
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -73,17 +84,20 @@ def find_pairs(model: TorchvisionPreTrainedModel) -> list[Pair]:
     """Returns the pairs of a convolution and the BatchNorm after it that could be computed as one convolution.
 
     The network runs once on a small image. In a pair, each module ran once, the norm got the very tensor that the
-    convolution gave, unchanged, nothing else read that tensor, and one convolution gives the same result. Modules that
-    are not plain (see `is_plain`) are in no pair. Random state, modes, statistics and hooks of the model stay as they
-    are, and its hooks are not called.
+    convolution gave, unchanged, nothing else read that tensor, and one convolution gives the same result. An activation
+    is in it that works in place on the very tensor that the norm gave, which nothing read before. Modules that are not
+    plain (see `is_plain`) are in no pair. Random state, modes, statistics and hooks of the model stay as they are, and
+    its hooks are not called.
     """
     convolutions = [m for m in model.backbone.modules() if is_plain(m, nn.Conv2d)]
     norms = [m for m in model.backbone.modules() if is_plain(m, nn.BatchNorm2d) and m.running_mean is not None]
     if not convolutions or not norms:
         return []
+    activations = [m for m in model.backbone.modules() if any(is_plain(m, kind) for kind in FUSED)]
     uses = _Uses()
     calls: dict[nn.Module, int] = {}
-    candidates: list[tuple[_Output, nn.BatchNorm2d]] = []
+    candidates: list[tuple[_Output[nn.Conv2d], nn.BatchNorm2d]] = []
+    activated: dict[nn.BatchNorm2d, nn.Module] = {}
 
     def after_convolution(module: nn.Conv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
@@ -94,12 +108,20 @@ def find_pairs(model: TorchvisionPreTrainedModel) -> list[Pair]:
         found = uses.outputs.get(id(inputs[0]))
         if found is not None and _same(found, module, output):
             candidates.append((found, module))
+        uses.normed[id(output)] = _Output(module, inputs[0], output)
+
+    def after_activation(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        found = uses.normed.pop(id(inputs[0]), None)
+        if found is not None and output is inputs[0] and found.uses == 1:
+            activated[found.module] = module
 
     with without_hooks(model.backbone), _everything_in_eval_mode(model.backbone):
         for convolution in convolutions:
             convolution.register_forward_hook(after_convolution)
         for norm in norms:
             norm.register_forward_hook(after_norm)
+        for activation in activations:
+            activation.register_forward_hook(after_activation)
         # The heads that only training uses run in a root that trains, with all modules in it in eval mode.
         model.backbone.training = True
         with uses:
@@ -109,17 +131,17 @@ def find_pairs(model: TorchvisionPreTrainedModel) -> list[Pair]:
                 # A module of the user's that needs images of another size; without a probe there are no pairs.
                 return []
     return [
-        (found.convolution, norm)
+        Pair(found.module, norm, activated.get(norm))
         for found, norm in candidates
-        if found.uses == calls[found.convolution] == calls[norm] == 1
+        if found.uses == calls[found.module] == calls[norm] == 1
     ]
 
 
 @dataclass
-class _Output:
-    """What a convolution gave, and how many operations read it."""
+class _Output(Generic[Layer]):
+    """What a layer gave, and how many operations read it."""
 
-    convolution: nn.Conv2d
+    module: Layer
     images: torch.Tensor
     tensor: torch.Tensor
     uses: int = 0
@@ -131,14 +153,16 @@ class _Uses(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         # Each holds its tensor, so that no later tensor gets the same id.
-        self.outputs: dict[int, _Output] = {}
+        self.outputs: dict[int, _Output[nn.Conv2d]] = {}
+        self.normed: dict[int, _Output[nn.BatchNorm2d]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if any(True for _ in _tensors(result)):
             for tensor in _tensors((args, kwargs)):
-                if id(tensor) in self.outputs:
-                    self.outputs[id(tensor)].uses += 1
+                for watched in (self.outputs, self.normed):
+                    if id(tensor) in watched:
+                        watched[id(tensor)].uses += 1
         return result
 
 
@@ -152,9 +176,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _same(found: _Output, norm: nn.BatchNorm2d, output: torch.Tensor) -> bool:
-    weight, bias = apply_scale(found.convolution, *scale_and_shift(norm), found.convolution.weight.dtype)
-    folded = found.convolution._conv_forward(found.images, weight, bias)
+def _same(found: _Output[nn.Conv2d], norm: nn.BatchNorm2d, output: torch.Tensor) -> bool:
+    weight, bias = apply_scale(found.module, *scale_and_shift(norm), found.module.weight.dtype)
+    folded = found.module._conv_forward(found.images, weight, bias)
     # Where mean and bias cancel, rounding shows in the result as large as they are.
     size = output.abs().amax() + bias.abs().amax()
     return not bool((folded - output).abs().amax() > _TOLERANCE * size)

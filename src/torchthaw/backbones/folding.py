@@ -5,16 +5,17 @@ itself: `conv(x, W * s) + t` is the same function of x and W with the same gradi
 activations, forward and backward, and the memory for them. Parameters, names and state_dict stay as they are.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from .activations import InPlaceReLU6
+from .activations import FUSED, FastActivation, spare
 from .anatomy import family_of
-from .conv_norm_pairs import HOOKS, apply_scale, find_pairs, is_plain, scale_and_shift
-from .depthwise import convolve
+from .conv_norm_pairs import HOOKS, Pair, apply_scale, find_pairs, is_plain, scale_and_shift
+from .convolutions import convolve, is_traced, takes_activation
 from .modeling import TorchvisionPreTrainedModel
 
 Value = TypeVar("Value")
@@ -43,14 +44,16 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
       no gradient for its affine parameters. So those that a stage holds in eval mode are folded in training too, the
       others in evaluation only. Weights that a gradient is asked for are folded in each pass, all others once, and
       again when they have changed.
+    - On CPUs, such a convolution also applies the activation in place that follows (see `convolve`), in training where
+      the gradient can be told from its output, as ReLU's and ReLU6's can.
     - Images go in channels_last where that is faster (see `prefers_channels_last`); parameters keep their layout.
     - Under autocast the final layer computes in the type of its weights: it costs next to nothing, and logits rounded
-      to bfloat16 would tie. Depthwise convolutions get gradients that are fast in bfloat16 too (see `convolve`), and
-      a ReLU6 in place one that needs no copy of its input.
+      to bfloat16 would tie. Depthwise convolutions get gradients that are fast in bfloat16 too, and a ReLU6 in place
+      one that needs no copy of its input.
 
     What the form adds lies in the modules as their own `forward`: nothing in state_dict or in what is saved, and
-    copies of the model wear a form of their own. A convolution or norm with hooks, a parametrization, or a class or
-    `forward` of the user's is left alone. Take the form off before modules are replaced.
+    copies of the model wear a form of their own. A convolution, norm or activation with hooks, a parametrization, or a
+    class or `forward` of the user's is left alone. Take the form off before modules are replaced.
 
     Args:
         model: The model, with `requires_grad` and `hold_in_eval` as the stage wants them. A form that it wears already
@@ -59,19 +62,22 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
     take_off_fast_form(model)
     held = {part for name in model.held_in_eval for part in model.get_submodule(name).modules()}
     folded = 0
-    for convolution, norm in find_pairs(model):
-        forward = _FoldedConvolution(convolution, norm)
-        vars(convolution)["forward"] = forward
-        vars(norm)["forward"] = _FoldedNorm(forward)
-        folded += norm in held and not _asks_gradient(norm)
+    entry = _Entry(model.backbone)
+    activations = {module for module in model.backbone.modules() if is_plain(module, nn.ReLU6)}
+    for pair in find_pairs(model):
+        forward = _FoldedConvolution(pair, entry)
+        vars(pair.convolution)["forward"] = forward
+        vars(pair.norm)["forward"] = _FoldedNorm(forward)
+        folded += pair.norm in held and not _asks_gradient(pair.norm)
+        if pair.activation is not None:
+            activations.add(pair.activation)
     final = model.backbone.get_submodule(family_of(model.config.architecture).final_layer)
     if any(is_plain(final, kind) for kind in (nn.Linear, nn.Conv2d)):
         vars(final)["forward"] = _FinalLayer(final)
-    for module in model.backbone.modules():
-        if is_plain(module, nn.ReLU6):
-            vars(module)["forward"] = InPlaceReLU6(module)
+    for activation in activations:
+        vars(activation)["forward"] = FastActivation(activation)
     if prefers_channels_last(model.config.architecture):
-        model.backbone.register_forward_pre_hook(_to_channels_last)
+        model.backbone.register_forward_pre_hook(entry)
     return FastForm(model, folded)
 
 
@@ -81,7 +87,7 @@ def take_off_fast_form(model: TorchvisionPreTrainedModel) -> None:
         if isinstance(vars(module).get("forward"), _OWN):
             del vars(module)["forward"]
     hooks = model.backbone._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _to_channels_last]:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Entry)]:
         del hooks[key]
 
 
@@ -95,19 +101,38 @@ def prefers_channels_last(architecture: str) -> bool:
     return family_of(architecture).name not in ("swin", "vit")
 
 
-def _to_channels_last(_backbone: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    images, *others = inputs
-    if images.ndim == 4 and images.device.type in ("cpu", "cuda"):
-        images = images.contiguous(memory_format=torch.channels_last)
-    return (images, *others)
+class _Entry:
+    """Lays out what comes into a network as channels_last, and looks whether it and all weights are finite.
+
+    Fused activations make zero of NaN. Short of sums beyond the largest number, it comes from what is not finite.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.weights = [t for t in (*backbone.parameters(), *backbone.buffers()) if t.is_floating_point()]
+        # For the whole pass, so that what is recomputed in backward is computed in the same way.
+        self.finite = False
+
+    def __call__(self, _backbone: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        images, *others = inputs
+        if images.ndim == 4 and images.device.type in ("cpu", "cuda"):
+            images = images.contiguous(memory_format=torch.channels_last)
+        # Elsewhere nothing is fused, and asking would wait for the device.
+        self.finite = images.device.type == "cpu" and not is_traced() and self._is_finite(images)
+        return (images, *others)
+
+    @torch.no_grad()
+    def _is_finite(self, images: torch.Tensor) -> bool:
+        return all(math.isfinite(tensor.sum().item()) for tensor in (images, *self.weights))
 
 
 class _FoldedConvolution:
-    """The forward of a convolution that does the work of the BatchNorm after it too."""
+    """The forward of a convolution that does the work of the BatchNorm, and the activation, after it too."""
 
-    def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-        self.convolution = convolution
-        self.norm = norm
+    def __init__(self, pair: Pair, entry: _Entry) -> None:
+        self.convolution = pair.convolution
+        self.norm = pair.norm
+        self.activation = pair.activation
+        self.entry = entry
         self.scaling: _Kept[tuple[torch.Tensor, torch.Tensor]] = _Kept()
         self.kernel: _Kept[tuple[torch.Tensor, torch.Tensor]] = _Kept()
 
@@ -120,7 +145,7 @@ class _FoldedConvolution:
             return False
         # A hook before the convolution sees what it always sees, others see what folding changes.
         seen = convolution._forward_hooks or convolution._backward_hooks or convolution._backward_pre_hooks
-        return not (seen or any(getattr(norm, name) for name in HOOKS))
+        return not (seen or _has_hooks(norm))
 
     def forget(self) -> None:
         """Drops what is kept: training changes a BatchNorm's statistics in ways that tensors do not show."""
@@ -137,14 +162,13 @@ class _FoldedConvolution:
         dtype = _computing_dtype(convolution)
 
         weight, bias = self.kernel.get(sources, lambda: apply_scale(convolution, *scaling, dtype), dtype)
-        return convolve(convolution, images, weight, bias)
-
-    def _unfolded(self, images: torch.Tensor) -> torch.Tensor:
-        convolution, dtype = self.convolution, _computing_dtype(self.convolution)
-        if dtype == convolution.weight.dtype:
-            return type(convolution).forward(convolution, images)
-        bias = None if convolution.bias is None else convolution.bias.to(dtype)
-        return convolve(convolution, images, convolution.weight.to(dtype), bias)
+        activation = self.activation
+        if activation is None or not self.entry.finite or _has_hooks(activation):
+            return convolve(convolution, images, weight, bias)
+        fused = FUSED[type(activation)]
+        if not takes_activation(convolution, images, weight, fused):
+            return convolve(convolution, images, weight, bias)
+        return spare(activation, convolve(convolution, images, weight, bias, fused))
 
 
 class _FinalLayer:
@@ -205,7 +229,11 @@ class _Kept(Generic[Value]):
         return self._value
 
 
-_OWN = (_FoldedConvolution, _FoldedNorm, _FinalLayer, InPlaceReLU6)
+_OWN = (_FoldedConvolution, _FoldedNorm, _FinalLayer, FastActivation)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(vars(module)[name] for name in HOOKS)
 
 
 def _computing_dtype(convolution: nn.Conv2d) -> torch.dtype:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchthaw.backbones import depthwise
-from torchthaw.backbones.depthwise import convolve
+from torchthaw.backbones import convolutions
+from torchthaw.backbones.convolutions import convolve
 
 
 def gradients(convolution, images, dtype, run):
@@ -87,7 +87,8 @@ def test_only_gradients_that_are_asked_for_are_computed():
     ids=["float32", "grouped", "multiplied", "dense", "small", "same", "reflect", "without a graph"],
 )
 def test_what_is_fast_already_runs_as_it_is(convolution, dtype, trains, monkeypatch):
-    monkeypatch.setattr(depthwise, "_Depthwise", None)
+    monkeypatch.setattr(convolutions, "_Convolution", None)
+    monkeypatch.setattr(convolutions, "_run", None)
     convolution = convolution.to(dtype)
     images = torch.randn(2, 8, 12, 12, dtype=dtype, requires_grad=trains)
     with torch.set_grad_enabled(trains):
