@@ -109,6 +109,8 @@ class _Entry:
 
     def __init__(self, backbone: nn.Module) -> None:
         self.weights = [t for t in (*backbone.parameters(), *backbone.buffers()) if t.is_floating_point()]
+        # The version in which each was found to be finite.
+        self.seen: list[int | None] = [None] * len(self.weights)
         # For the whole pass, so that what is recomputed in backward is computed in the same way.
         self.finite = False
 
@@ -117,12 +119,26 @@ class _Entry:
         if images.ndim == 4 and images.device.type in ("cpu", "cuda"):
             images = images.contiguous(memory_format=torch.channels_last)
         # Elsewhere nothing is fused, and asking would wait for the device.
-        self.finite = images.device.type == "cpu" and not is_traced() and self._is_finite(images)
+        if images.device.type == "cpu" and not is_traced():
+            self.finite = _is_finite(images) and self._weights_are_finite()
+        else:
+            self.finite = False
         return (images, *others)
 
-    @torch.no_grad()
-    def _is_finite(self, images: torch.Tensor) -> bool:
-        return all(math.isfinite(tensor.sum().item()) for tensor in (images, *self.weights))
+    def _weights_are_finite(self) -> bool:
+        for number, (tensor, seen) in enumerate(zip(self.weights, self.seen, strict=True)):
+            version = None if tensor.is_inference() else tensor._version
+            # Not every optimizer counts up the version of what it writes to.
+            if version is None or version != seen or tensor.requires_grad:
+                if not _is_finite(tensor):
+                    return False
+                self.seen[number] = version
+        return True
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Whether all values are finite, by their sum, which may be wrong only where they are huge."""
+    return math.isfinite(values.detach().sum().item())
 
 
 class _FoldedConvolution:

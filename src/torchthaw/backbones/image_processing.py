@@ -197,14 +197,25 @@ class TorchvisionImageProcessor(BaseImageProcessor):
         """Returns a processor with some settings changed."""
         return type(self)(**({name: getattr(self, name) for name in self._settings} | changes))
 
-    def _process(self, image: Any, input_data_format: str | None) -> Tensor:
-        image = _to_pil_or_floats(image, input_data_format, in_unit_range=self.do_rescale)
+    def cropped(self, image: Any) -> Any:
+        """Resizes and crops an image as the settings say, before it is scaled and normalised.
+
+        Args:
+            image: A PIL image as `to_rgb` gives it, or a tensor of floats, (3, height, width).
+
+        Returns:
+            The same kind of image.
+        """
         if self.do_resize:
             size = self.size
             edges = [size["shortest_edge"]] if "shortest_edge" in size else [size["height"], size["width"]]
             image = F.resize(image, edges, interpolation=_RESAMPLE[self.resample], antialias=self.antialias)
         if self.do_center_crop:
             image = F.center_crop(image, [self.crop_size["height"], self.crop_size["width"]])
+        return image
+
+    def _process(self, image: Any, input_data_format: str | None) -> Tensor:
+        image = self.cropped(_to_pil_or_floats(image, input_data_format, in_unit_range=self.do_rescale))
         if isinstance(image, Image.Image):
             image = self._rescale(F.pil_to_tensor(image))
         return F.normalize(image, mean=self.image_mean, std=self.image_std) if self.do_normalize else image

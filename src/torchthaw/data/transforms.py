@@ -169,7 +169,7 @@ class EvaluationTransform:
     """
 
     def __init__(self, processor: TorchvisionImageProcessor) -> None:
-        self._crop = processor.with_settings(do_rescale=False, do_normalize=False)
+        self._crop = processor
         self._normalise = Normalisation.of(processor)
 
     @property
@@ -188,8 +188,8 @@ class EvaluationTransform:
 
     def prepared(self, picture: Image.Image) -> Pixels:
         """Returns what the processor sees, (height, width, 3), before it scales and normalises."""
-        pixels = self._crop(images=picture, return_tensors="pt")["pixel_values"][0]
-        return pixels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        # A copy, which can be written to.
+        return np.array(self._crop.cropped(picture))
 
     def __call__(self, prepared: Pixels, out: Tensor | None = None) -> Tensor:
         """Scales and normalises as the processor does."""
