@@ -1,6 +1,7 @@
 """Convolutions on CPUs that do the work of the activation after them, with gradients by kernels that are fast there."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -52,7 +53,9 @@ def takes_activation(
     convolution: nn.Conv2d, images: torch.Tensor, weight: torch.Tensor, activation: Activation
 ) -> bool:
     """Whether `convolve` can apply an activation to the result here."""
-    if images.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not _has_fused_kernel():
+    if images.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if _fused_kernel() is None or not torch.backends.mkldnn.enabled:
         return False
     if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
         return False
@@ -67,9 +70,11 @@ def is_traced() -> bool:
     return torch.jit._trace.is_tracing() or torch.compiler.is_compiling()
 
 
-def _has_fused_kernel() -> bool:
+@cache
+def _fused_kernel() -> Any:
     # Not public: torch.compile's own way to oneDNN.
-    return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    kernel = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    return getattr(kernel, "default", None)
 
 
 def _has_slow_gradient(convolution: nn.Conv2d, images: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -95,7 +100,7 @@ def _run(
 ) -> torch.Tensor:
     if activation is None:
         return F.conv2d(images, weight, bias, stride, padding, dilation, groups)
-    result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
+    result: torch.Tensor = _fused_kernel()(
         images, weight, bias, padding, stride, dilation, groups, activation.name, activation.limits, ""
     )
     return result

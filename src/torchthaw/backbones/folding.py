@@ -169,22 +169,26 @@ class _FoldedConvolution:
         self.kernel = _Kept()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        convolution, norm = self.convolution, self.norm
+        convolution, activation = self.convolution, self.activation
         if not self.folds():
             return type(convolution).forward(convolution, images)
-        sources = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        scaling = self.scaling.get(sources, lambda: scale_and_shift(norm))
-        sources += [convolution.weight, convolution.bias]
-        dtype = _computing_dtype(convolution)
-
-        weight, bias = self.kernel.get(sources, lambda: apply_scale(convolution, *scaling, dtype), dtype)
-        activation = self.activation
+        weight, bias = self._kernel()
         if activation is None or not self.entry.finite or _has_hooks(activation):
             return convolve(convolution, images, weight, bias)
         fused = FUSED[type(activation)]
         if not takes_activation(convolution, images, weight, fused):
             return convolve(convolution, images, weight, bias)
         return spare(activation, convolve(convolution, images, weight, bias, fused))
+
+    def _kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
+        convolution, norm, dtype = self.convolution, self.norm, _computing_dtype(self.convolution)
+        of_norm = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+            scaling = self.scaling.get(of_norm, lambda: scale_and_shift(norm))
+            return apply_scale(convolution, *scaling, dtype)
+
+        return self.kernel.get([*of_norm, convolution.weight, convolution.bias], compute, dtype)
 
 
 class _FinalLayer:
@@ -233,9 +237,11 @@ class _Kept(Generic[Value]):
         self, sources: Sequence[torch.Tensor | None], compute: Callable[[], Value], variant: object = None
     ) -> Value:
         tensors = [tensor for tensor in sources if tensor is not None]
-        if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
-            return compute()
-        seen = [variant, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)]
+        seen = [variant]
+        for tensor in tensors:
+            if tensor.requires_grad or tensor.is_inference():
+                return compute()
+            seen += (tensor.data_ptr(), tensor._version, tensor.dtype)
         if self._value is None or seen != self._seen:
             # A tensor made in inference mode could not be used in training later.
             with torch.inference_mode(False), torch.no_grad():
@@ -249,7 +255,8 @@ _OWN = (_FoldedConvolution, _FoldedNorm, _FinalLayer, FastActivation)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(vars(module)[name] for name in HOOKS)
+    own = vars(module)
+    return any(own[name] for name in HOOKS)
 
 
 def _computing_dtype(convolution: nn.Conv2d) -> torch.dtype:

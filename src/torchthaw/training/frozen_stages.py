@@ -20,10 +20,12 @@ from torchthaw.data.finishing import Normalisation, finish, is_unfinished
 from torchthaw.data.views import ImageView, collate
 from torchthaw.data.workers import suggest_workers
 from torchthaw.training.frozen_part import BORDER_VALUES, BorderRows, FrozenPart, border_rows
-from torchthaw.training.precisions import PrecisionTrainer, fixed_views, name_of
+from torchthaw.training.precisions import DEFAULT_SIDE, PrecisionTrainer, fixed_views, name_of, side_of
 
 # The rest is left for features.
 _SHARE_OF_PICTURES = 0.5
+# Batches of the frozen part, in those of validation.
+_LARGER = 4
 
 
 class FrozenPartTrainer(PrecisionTrainer):
@@ -108,12 +110,11 @@ class FrozenPartTrainer(PrecisionTrainer):
         if views is None:
             return None
         if id(dataset) not in self._rows:
-            larger = 4 if self.args.device.type == "cuda" else 1
             images = self._with_pictures(dataset)
             tell, total = self.on_frozen_progress, views * len(images)
             rows = border_rows(
                 part, images, views=views, store=self._cache(),
-                batch_size=larger * self.args.per_device_eval_batch_size, num_workers=self.workers_for(images),
+                batch_size=self._at_once(images), num_workers=self.workers_for(images),
                 on_progress=None if tell is None else lambda done: tell(split, done, total),
             )  # fmt: skip
             self._rows[id(dataset)] = (dataset, rows)
@@ -121,6 +122,15 @@ class FrozenPartTrainer(PrecisionTrainer):
             if rows is not None and split not in cached:
                 cached.append(split)
         return self._rows[id(dataset)][1]
+
+    def _at_once(self, images: ImageView) -> int:
+        """Returns how many images go through the frozen part together: more than in a step, without a graph to keep.
+
+        A CPU gains by that only where images are small, and calling its kernels takes as long as running them.
+        """
+        cuda = self.args.device.type == "cuda"
+        larger = _LARGER if cuda else min(_LARGER, round((DEFAULT_SIDE / side_of(images)) ** 2))
+        return max(1, larger) * self.args.per_device_eval_batch_size
 
     def _with_pictures(self, dataset: Any) -> Any:
         """Returns a view with its decoded pictures kept for later epochs and stages; anything else as it is."""

@@ -24,7 +24,7 @@ _WORTH_MEASURING = 4_000_000
 _WORTH_STEPS = 256
 # Images of 224 px, and as many smaller ones as have their pixels: of few small ones the time is not that of kernels.
 _PROBED = 8
-_DEFAULT_SIZE = 224
+DEFAULT_SIDE = 224
 
 
 class PrecisionTrainer(AnchoredTrainer):
@@ -44,7 +44,7 @@ class PrecisionTrainer(AnchoredTrainer):
         if isinstance(data, ImageView):
             images = [data[row % len(data)]["pixel_values"] for row in range(number)]
             return torch.stack(images).to(self.args.device)
-        size = self.model.config.image_size or _DEFAULT_SIZE
+        size = self.model.config.image_size or DEFAULT_SIDE
         noise = torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(0))
         return noise.to(self.args.device)
 
@@ -111,14 +111,14 @@ class PrecisionTrainer(AnchoredTrainer):
             return False
         passes = 1 if recurring and fixed_views(data) is not None else stage.epochs or 1
         images = len(data) * passes
-        return images >= least_images and images * _side(data) ** 2 >= _WORTH_MEASURING
+        return images >= least_images and images * side_of(data) ** 2 >= _WORTH_MEASURING
 
     def _number_to_probe(self) -> int:
-        number = round(_PROBED * (_DEFAULT_SIZE / _side(cast(Any, self.train_dataset))) ** 2)
+        number = round(_PROBED * (DEFAULT_SIDE / side_of(cast(Any, self.train_dataset))) ** 2)
         return min(max(_PROBED, number), self.args.per_device_train_batch_size)
 
     def _probe_key(self) -> dict[str, str]:
-        return {"architecture": self.model.config.architecture, "side": str(_side(cast(Any, self.train_dataset)))}
+        return {"architecture": self.model.config.architecture, "side": str(side_of(cast(Any, self.train_dataset)))}
 
 
 def training_steps(model: Any, border: Border | None, images: torch.Tensor) -> tuple[Work, Work]:
@@ -163,7 +163,8 @@ def fixed_views(view: ImageView) -> int | None:
     return 1 if view.augmentation is None else view.views
 
 
-def _side(view: ImageView) -> int:
+def side_of(view: ImageView) -> int:
+    """Returns the side of a view's images in pixels."""
     return int(view.processor.crop_size["height"])
 
 
