@@ -175,6 +175,21 @@ def test_nan_comes_through(what, trains, fused):
     assert torch.equal(torch.isnan(found[0]), torch.isnan(found[1]))
 
 
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", "densenet121"])
+def test_statistics_that_training_spoilt_are_noticed(architecture, fused):
+    model, spoilt = model_of(architecture, "train"), images_of()
+    put_on_fast_form(model)
+    model.eval()
+    with torch.no_grad():
+        assert torch.isfinite(model(pixel_values=images_of()).logits).all()
+        assert fused
+        spoilt[0] = math.nan
+        model.train()(pixel_values=spoilt)
+        fused.clear()
+        assert torch.isnan(model.eval()(pixel_values=images_of()).logits).all()
+    assert not fused
+
+
 def test_nan_at_a_border_comes_through(fused):
     from torchthaw.backbones.borders import find_border
 

@@ -115,28 +115,32 @@ class _Entry:
     def __init__(self, backbone: nn.Module) -> None:
         self.weights = [t for t in (*backbone.parameters(), *backbone.buffers()) if t.is_floating_point()]
         self.fuses = sum(tensor.numel() for tensor in self.weights) <= _FEW_WEIGHTS
-        # The version in which each was found to be finite.
-        self.seen: list[int | None] = [None] * len(self.weights)
+        # The address and version at which each was found to be finite.
+        self.seen: list[tuple[int, int] | None] = [None] * len(self.weights)
+        self.trained = False
         # For the whole pass, so that what is recomputed in backward is computed in the same way.
         self.finite = False
 
-    def __call__(self, _backbone: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, backbone: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         images, *others = inputs
         if images.ndim == 4 and images.device.type in ("cpu", "cuda"):
             images = images.contiguous(memory_format=torch.channels_last)
         # Elsewhere nothing is fused, and asking would wait for the device.
         asked = self.fuses and images.device.type == "cpu" and not is_traced()
-        self.finite = asked and _is_finite(images) and self._weights_are_finite()
+        # Training changes statistics and weights in ways that their versions do not show.
+        changed = backbone.training or self.trained
+        self.trained = backbone.training
+        self.finite = asked and _is_finite(images) and self._weights_are_finite(changed)
         return (images, *others)
 
-    def _weights_are_finite(self) -> bool:
-        for number, (tensor, seen) in enumerate(zip(self.weights, self.seen, strict=True)):
-            version = None if tensor.is_inference() else tensor._version
-            # Not every optimizer counts up the version of what it writes to.
-            if version is None or version != seen or tensor.requires_grad:
+    def _weights_are_finite(self, changed: bool) -> bool:
+        for number, tensor in enumerate(self.weights):
+            now = None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+            if changed or now is None or now != self.seen[number] or tensor.requires_grad:
                 if not _is_finite(tensor):
+                    self.seen[number] = None
                     return False
-                self.seen[number] = version
+                self.seen[number] = now
         return True
 
 

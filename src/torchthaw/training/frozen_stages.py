@@ -24,8 +24,8 @@ from torchthaw.training.precisions import DEFAULT_SIDE, PrecisionTrainer, fixed_
 
 # The rest is left for features.
 _SHARE_OF_PICTURES = 0.5
-# Batches of the frozen part, in those of validation.
-_LARGER = 4
+# Batches of the frozen part, in those of validation, on a GPU and at most on a CPU, where memory is that of training.
+_LARGER, _LARGER_ON_CPU = 4, 2
 
 
 class FrozenPartTrainer(PrecisionTrainer):
@@ -128,9 +128,11 @@ class FrozenPartTrainer(PrecisionTrainer):
 
         A CPU gains by that only where images are small, and calling its kernels takes as long as running them.
         """
-        cuda = self.args.device.type == "cuda"
-        larger = _LARGER if cuda else min(_LARGER, round((DEFAULT_SIDE / side_of(images)) ** 2))
-        return max(1, larger) * self.args.per_device_eval_batch_size
+        if self.args.device.type == "cuda":
+            larger = _LARGER
+        else:
+            larger = min(max(1, int((DEFAULT_SIDE / side_of(images)) ** 2)), _LARGER_ON_CPU)
+        return larger * self.args.per_device_eval_batch_size
 
     def _with_pictures(self, dataset: Any) -> Any:
         """Returns a view with its decoded pictures kept for later epochs and stages; anything else as it is."""
