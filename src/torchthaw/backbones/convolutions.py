@@ -1,5 +1,6 @@
 """Convolutions on CPUs that do the work of the activation after them, with gradients by kernels that are fast there."""
 
+import platform
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
@@ -72,7 +73,9 @@ def is_traced() -> bool:
 
 @cache
 def _fused_kernel() -> Any:
-    # Not public: torch.compile's own way to oneDNN.
+    # Not public: torch.compile's own way to oneDNN, which has kernels of its own for these processors.
+    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
     kernel = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
     return getattr(kernel, "default", None)
 

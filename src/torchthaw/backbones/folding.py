@@ -48,7 +48,7 @@ def put_on_fast_form(model: TorchvisionPreTrainedModel) -> FastForm:
       no gradient for its affine parameters. So those that a stage holds in eval mode are folded in training too, the
       others in evaluation only. Weights that a gradient is asked for are folded in each pass, all others once, and
       again when they have changed.
-    - On CPUs, such a convolution of a network of few weights also applies the activation in place that follows (see
+    - On x86, such a convolution of a network of few weights also applies the activation in place that follows (see
       `convolve`), in training where the gradient can be told from its output, as ReLU's and ReLU6's can.
     - Images go in channels_last where that is faster (see `prefers_channels_last`); parameters keep their layout.
     - Under autocast the final layer computes in the type of its weights: it costs next to nothing, and logits rounded
