@@ -10,10 +10,13 @@ from torch import nn
 from torchthaw import Stage, TorchvisionConfig, TorchvisionForImageClassification
 from torchthaw.backbones import folding
 from torchthaw.backbones.activations import FUSED
+from torchthaw.backbones.borders import find_border
 from torchthaw.backbones.conv_norm_pairs import find_pairs
-from torchthaw.backbones.convolutions import convolve, takes_activation
+from torchthaw.backbones.convolutions import _fused_kernel, convolve, takes_activation
 from torchthaw.backbones.folding import put_on_fast_form
 from torchthaw.stages.freezing import freeze_for_stage
+
+pytestmark = pytest.mark.skipif(_fused_kernel() is None, reason="activations are fused on x86 processors alone")
 
 RELUS = [nn.ReLU, nn.ReLU6]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -191,8 +194,6 @@ def test_statistics_that_training_spoilt_are_noticed(architecture, fused):
 
 
 def test_nan_at_a_border_comes_through(fused):
-    from torchthaw.backbones.borders import find_border
-
     model = model_of("mobilenet_v2")
     freeze_for_stage(model, Stage("last block", unfreeze=1), "eval")
     put_on_fast_form(model)
