@@ -19,7 +19,7 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 PLAN = [
     Stage("head", "head", epochs=1, learning_rate=1e-2),
     # Too fast, so that a part of the way is better than all of it.
-    Stage("block", 1, epochs=2, learning_rate=0.03, warmup=0.0, batch_norm="train"),
+    Stage("block", 1, epochs=2, learning_rate=0.06, warmup=0.0, batch_norm="train"),
 ]
 
 
