@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from .activations import Activation
 
+# Stride, padding, dilation, groups.
+_Options = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
 # oneDNN has fast kernels in bfloat16 for gradients of a depthwise kernel up to this side.
 _LARGEST_KERNEL = 3
 
@@ -45,9 +48,9 @@ def convolve(
     padding = cast(tuple[int, ...], convolution.padding)
     options = convolution.stride, padding, convolution.dilation, convolution.groups
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (images, weight, bias)):
-        result: torch.Tensor = _Convolution.apply(images, weight, bias, activation, *options)
+        result: torch.Tensor = _Convolution.apply(images, weight, bias, activation, options)
         return result
-    return _run(images, weight, bias, activation, *options)
+    return _run(images, weight, bias, activation, options)
 
 
 def takes_activation(
@@ -96,11 +99,9 @@ def _run(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: Activation | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
+    options: _Options,
 ) -> torch.Tensor:
+    stride, padding, dilation, groups = options
     if activation is None:
         return F.conv2d(images, weight, bias, stride, padding, dilation, groups)
     result: torch.Tensor = _fused_kernel()(
@@ -119,13 +120,10 @@ class _Convolution(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         activation: Activation | None,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
+        options: _Options,
     ) -> torch.Tensor:
-        output = _run(images, weight, bias, activation, stride, padding, dilation, groups)
-        ctx.options = activation, stride, padding, dilation, groups
+        output = _run(images, weight, bias, activation, options)
+        ctx.activation, ctx.options = activation, options
         ctx.save_for_backward(images, weight, *([] if activation is None else [output]))
         return output
 
@@ -133,9 +131,9 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         images, weight, *output = ctx.saved_tensors
-        activation, stride, padding, dilation, groups = ctx.options
+        stride, padding, dilation, groups = ctx.options
         if output:
-            gradient = activation.gradient(gradient, *output)
+            gradient = ctx.activation.gradient(gradient, *output)
         wanted = list(ctx.needs_input_grad[:3])
         slow = weight.dtype == torch.bfloat16 and 1 < groups == len(weight) == images.shape[1]
         of_images = None
@@ -154,7 +152,7 @@ class _Convolution(torch.autograd.Function):
             value.to(weight.dtype) if value is not None and asked else None
             for value, asked in zip(found, wanted, strict=True)
         ]
-        return (of_images if of_others[0] is None else of_others[0], *of_others[1:], None, None, None, None, None)
+        return (of_images if of_others[0] is None else of_others[0], *of_others[1:], None, None)
 
 
 def _gradient_of_images(

@@ -169,7 +169,8 @@ class EvaluationTransform:
     """
 
     def __init__(self, processor: TorchvisionImageProcessor) -> None:
-        self._crop = processor
+        # A copy, which nobody changes later.
+        self._crop = processor.with_settings()
         self._normalise = Normalisation.of(processor)
 
     @property
