@@ -158,14 +158,14 @@ def test_the_first_decision_holds(tmp_path):
     assert frozen_dtype(part, PIXELS, key=KEY, folder=None).dtype == torch.float32
 
 
-@pytest.mark.parametrize("changed", ["device", "torch"])
+@pytest.mark.parametrize("changed", ["device", "torch", "torchthaw"])
 @pytest.mark.usefixtures("bfloat16_hardware")
 def test_another_device_or_version_decides_anew(tmp_path, monkeypatch, changed):
     frozen_dtype(Part(gain=2), PIXELS, key=KEY, folder=tmp_path)
     if changed == "device":
         monkeypatch.setattr(precision, "_cpu_name", lambda: "another")
     else:
-        monkeypatch.setattr(torch, "__version__", "9.9")
+        monkeypatch.setattr(torch if changed == "torch" else precision, "__version__", "9.9")
     assert frozen_dtype(Part(gain=0.5), PIXELS, key=KEY, folder=tmp_path).dtype == torch.float32
 
 

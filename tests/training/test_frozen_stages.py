@@ -149,29 +149,41 @@ def test_head_stages_see_plain_images_unless_the_run_says_otherwise(train):
     assert [record.frozen_part["cached"] for record in asked.stage_records] == [["validation"], ["validation"]]
 
 
+class Counted(TrainerCallback):
+    """Notes how many images go through a frozen layer at once."""
+
+    def __init__(self):
+        self.passes = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        inner = model.backbone.features[3].block[0][0]
+        # For all modules, since a hook on a frozen one would be respected.
+        self.handle = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: self.passes.append(len(inputs[0])) if module is inner else None
+        )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.handle.remove()
+
+
 def test_an_epoch_costs_no_pass_through_the_frozen_part(train, monkeypatch):
-    passes = []
     # Nothing is learned here, for which the diagnosis looks at training images once.
     monkeypatch.setattr(ThawTrainer, "_accuracy_on_training_images", lambda self: None)
-
-    class Counted(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            inner = model.backbone.features[3].block[0][0]
-            # For all modules, since a hook on a frozen one would be respected.
-            self.handle = nn.modules.module.register_module_forward_pre_hook(
-                lambda module, inputs: passes.append(len(inputs[0])) if module is inner else None
-            )
-
-        def on_train_end(self, args, state, control, **kwargs):
-            self.handle.remove()
-
     head = Stage("head", "head", epochs=10, learning_rate=1e-2)
-    train([head], "first", callbacks=[Counted()])
+    first, second = Counted(), Counted()
+    train([head], "first", callbacks=[first])
     images = 36 + 12
-    assert sum(passes) <= images + 12, "each image once, and a few to try the cut"
-    passes.clear()
-    train([head], "second", callbacks=[Counted()])
-    assert sum(passes) <= 12, "the same features are still there"
+    assert sum(first.passes) <= images + 12, "each image once, and a few to try the cut"
+    train([head], "second", callbacks=[second])
+    assert sum(second.passes) <= 12, "the same features are still there"
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(32, 8), (160, 4)])
+def test_small_images_go_through_the_frozen_part_in_larger_batches(train, processor, size, at_once):
+    processor.size, processor.crop_size = {"shortest_edge": size}, {"height": size, "width": size}
+    counted = Counted()
+    train([HEAD], callbacks=[counted], per_device_eval_batch_size=4)
+    assert max(counted.passes) == at_once
 
 
 def test_other_weights_make_other_features(train, untrained):

@@ -13,6 +13,8 @@ from time import perf_counter
 
 import torch
 
+from torchthaw._version import __version__
+
 Run = Callable[[torch.Tensor], torch.Tensor]
 # Does something with its forward pass in the context that it gets.
 Work = Callable[[AbstractContextManager[object]], torch.Tensor]
@@ -53,7 +55,8 @@ def frozen_dtype(run: Run, pixels: torch.Tensor, *, key: Mapping[str, str], fold
 
     It is where the device has bfloat16 instructions, is at least `SMALLEST_GAIN` times as fast with them, and the
     outputs differ by `LARGEST_DIFFERENCE` at most. A timing never comes out the same twice, and the outputs depend on
-    the choice; so the first decision for a device, a version of torch and a key is remembered and holds from then on.
+    the choice; so the first decision for a device, the versions of torch and torchthaw, whose kernels they are, and a
+    key is remembered and holds from then on.
 
     Args:
         run: The frozen part in float32, images to outputs. It runs a few times, without gradients.
@@ -95,7 +98,8 @@ def _decide(
 ) -> Precision:
     if not has_bfloat16(device):
         return Precision(torch.float32, 1.0, 0.0, f"{_device_name(device)} has no bfloat16 instructions")
-    name = json.dumps({**key, "device": _device_name(device), "torch": torch.__version__}, sort_keys=True)
+    versions = {"torch": torch.__version__, "torchthaw": __version__}
+    name = json.dumps({**key, "device": _device_name(device), **versions}, sort_keys=True)
     remembered = _remembered(folder, name)
     if remembered is not None:
         return remembered
