@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .anatomy import HEAD, group_paths
+from .anatomy import group_paths
+from .families import HEAD
 
 
 @dataclass(frozen=True)
