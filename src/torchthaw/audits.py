@@ -9,7 +9,7 @@ from torchthaw.auditing import backbone_features, examine, show
 from torchthaw.console import Reporter, hide_loading_bars
 from torchthaw.data.audit.audit import judge
 from torchthaw.data.audit.cleaning import cleaned_splits
-from torchthaw.data.images import without
+from torchthaw.data.bad_images import without
 from torchthaw.data.split_list import DROP, apply_split_list, write_split_list
 from torchthaw.data.splitting import split_dataset
 from torchthaw.data_preparation import load_data

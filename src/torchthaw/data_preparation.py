@@ -10,9 +10,9 @@ from torchthaw.auditing import MOST_IMAGES_FOR_FEATURES, backbone_features, exam
 from torchthaw.console import Reporter
 from torchthaw.data.audit.audit import Examined, judge
 from torchthaw.data.audit.report import AuditReport
+from torchthaw.data.bad_images import BadImage, find_bad_images, leave_out
 from torchthaw.data.builtin import BUILTIN_PREFIX, load_builtin_dataset
 from torchthaw.data.hub_datasets import loaded_revision
-from torchthaw.data.images import BadImage, find_bad_images, leave_out
 from torchthaw.data.label_sets import class_names_of, has_label_sets, label_counts
 from torchthaw.data.label_sets import describe as describe_sets
 from torchthaw.data.loading import load_image_dataset

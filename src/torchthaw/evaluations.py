@@ -13,8 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from torchthaw.console import Reporter
 from torchthaw.cross_validation import prepare_images
+from torchthaw.data.bad_images import check_images
 from torchthaw.data.grouping import NO_GROUPS
-from torchthaw.data.images import check_images
 from torchthaw.data.views import ImageView
 from torchthaw.data_preparation import load_data
 from torchthaw.errors import DataError, SharingError, did_you_mean

@@ -11,7 +11,7 @@ from torch import nn
 from torchthaw.backbones.configuration import TorchvisionConfig
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.console import Reporter
-from torchthaw.data.images import check_images
+from torchthaw.data.bad_images import check_images
 from torchthaw.data.label_sets import has_label_sets
 from torchthaw.data.views import ImageView
 from torchthaw.data_preparation import load_data, prepare_data

@@ -14,7 +14,8 @@ from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.backbones.weights import describe_backbones
 from torchthaw.console import Reporter, hide_loading_bars
-from torchthaw.data.images import check_images, image_extensions
+from torchthaw.data.bad_images import check_images
+from torchthaw.data.images import image_extensions
 from torchthaw.data.views import ImageView
 from torchthaw.errors import DataError, ThawError, did_you_mean
 from torchthaw.evaluation.augmented_predictions import mean_prediction, predict_augmented

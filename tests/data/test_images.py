@@ -9,7 +9,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as DatasetImage
 from PIL import Image
 
-from torchthaw.data.images import check_images, decode_image, find_bad_images, image_extensions
+from torchthaw.data.bad_images import check_images, find_bad_images
+from torchthaw.data.images import decode_image, image_extensions
 from torchthaw.data.loading import load_image_dataset
 from torchthaw.errors import DataError
 

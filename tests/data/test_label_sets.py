@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from torchthaw import TorchvisionImageProcessor, audit_dataset, load_image_dataset, split_dataset
 from torchthaw.data.augmentation import Augmentation
-from torchthaw.data.images import leave_out
+from torchthaw.data.bad_images import leave_out
 from torchthaw.data.label_sets import label_counts
 from torchthaw.data.splitting import describe_split, fold_dataset
 from torchthaw.data.streams import ImageStream

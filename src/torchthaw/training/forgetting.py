@@ -10,7 +10,7 @@ from datasets import Dataset
 from torchthaw.backbones.anatomy import family_of
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
-from torchthaw.data.images import find_bad_images, without
+from torchthaw.data.bad_images import find_bad_images, without
 from torchthaw.data.views import ImageView
 from torchthaw.evaluation.inference import predict_split
 from torchthaw.evaluation.intervals import mid_p_interval

@@ -11,7 +11,7 @@ from torchthaw.data.audit.near_duplicates import LEAST_CONTRAST
 from torchthaw.data.audit.report import Finding
 from torchthaw.data.audit.scan import ImageFacts
 from torchthaw.data.audit.suspicious_labels import SuspiciousLabel
-from torchthaw.data.images import BadImage
+from torchthaw.data.bad_images import BadImage
 
 _SMALLEST_SIDE = 16
 _TIMES_THE_MEDIAN = 16

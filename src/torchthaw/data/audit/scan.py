@@ -13,7 +13,8 @@ import numpy.typing as npt
 from datasets import Dataset
 
 from torchthaw.data.audit.fingerprints import THUMBNAIL_SIDE, thumbnail
-from torchthaw.data.images import BadImage, ExaminedImage, UnusableImageError, examine_image
+from torchthaw.data.bad_images import BadImage
+from torchthaw.data.images import ExaminedImage, UnusableImageError, examine_image
 from torchthaw.data.label_sets import class_names_of, has_label_sets, shown
 
 _CHUNK = 32
