@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 
 from torchthaw import Stage, StagePlan, TorchvisionConfig, TorchvisionForImageClassification, cli
-from torchthaw.dry_run import RunSettings, plan_rows
 from torchthaw.errors import PlanError
+from torchthaw.plan_rows import RunSettings, plan_rows
 from torchthaw.stages.presets import fill_defaults
 
 SETTINGS = RunSettings(batch_size=32, optimizer="adamw_torch", max_grad_norm=1.0, image_size=224)

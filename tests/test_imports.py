@@ -19,7 +19,7 @@ LAYERS = [
     {"sharing"},
     {"training"},
     {"recipe", "console"},
-    {"auditing", "user_errors", "figure_tables"},
+    {"auditing", "user_errors", "figure_tables", "plan_rows"},
     {"data_preparation", "preparation"},
     {"source_tasks"},
     {"single_run"},

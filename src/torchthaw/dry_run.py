@@ -1,9 +1,8 @@
 """`torchthaw train --dry-run`: what a run would do, stage by stage and layer group by layer group, without doing it."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,18 @@ from torchthaw.console import Reporter
 from torchthaw.cross_validation import make_folds, prepare_images
 from torchthaw.data_preparation import selection_metric
 from torchthaw.errors import WeightsError
+from torchthaw.plan_rows import RunSettings, plan_rows
 from torchthaw.preparation import check_model, training_arguments
 from torchthaw.recipe import Recipe
 from torchthaw.source_tasks import source_task
-from torchthaw.stages.adapters import with_adapters
-from torchthaw.stages.freezing import batch_norms, freeze_for_stage, resolve_batch_norm
-from torchthaw.stages.param_groups import param_groups
-from torchthaw.stages.plan import BatchNormPolicy, Stage, StagePlan
+from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import stage_augmentation
 from torchthaw.training.completion import check_data, complete_arguments, full_plan
 from torchthaw.training.imbalance import ImbalanceSettings, settle
 from torchthaw.training.probe_options import settle_solvers
 from torchthaw.user_errors import as_user_error
 
-FROZEN = "frozen"
 _METRIC_NAMES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "map": "mAP"}
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What stages take from the run unless they have their own.
-
-    Attributes:
-        optimizer: Any `optim` of transformers.
-        batch_size: Images per device and step.
-        image_size: Side of the images in pixels.
-        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-    """
-
-    optimizer: str
-    batch_size: int
-    image_size: int
-    max_grad_norm: float
 
 
 def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
@@ -127,104 +106,6 @@ def _with_augmentation(plan: StagePlan, run: Any) -> StagePlan:
         return plan
     stages = [dataclasses.replace(stage, augmentation=stage_augmentation(stage, None)) for stage in plan.stages]
     return StagePlan(tuple(stages), plan.name)
-
-
-def plan_rows(
-    model: TorchvisionForImageClassification,
-    plan: StagePlan,
-    *,
-    num_images: int,
-    settings: RunSettings,
-    l2_sp: float | None = None,
-) -> list[dict[str, Any]]:
-    """Returns what each stage does, as plain data.
-
-    Args:
-        model: The model, on any device, `meta` included; it is left frozen as for the last stage.
-        plan: The plan with its defaults filled in.
-        num_images: Number of training images. One process makes ceil(`num_images` / batch size) steps of an epoch.
-        settings: What stages take from the run.
-        l2_sp: Pull towards the weights that the run begins with, in the place of weight decay of the backbone.
-
-    Returns:
-        For each stage its `name`, `solver`, `by_probe`, length (`epochs` is a fraction where the stage is counted in
-        steps), `warmup_steps`, settings, and `groups`, input to output: `parameters`, `trainable_parameters` and
-        `not_decayed_parameters` (trainable ones without weight decay) as numbers of scalars; peak `learning_rate` and
-        `weight_decay` (None where there is nothing to which it applies); `batch_norm`, which is "frozen" in frozen
-        groups, the policy in live ones, and None without BatchNorm.
-
-    Raises:
-        PlanError: a stage does not fit the model.
-    """
-    rows = []
-    for stage in plan.stages:
-        with with_adapters(model, stage):
-            rows.append(_stage_row(model, stage, num_images, settings, l2_sp))
-    return rows
-
-
-def _stage_row(
-    model: TorchvisionForImageClassification,
-    stage: Stage,
-    num_images: int,
-    settings: RunSettings,
-    l2_sp: float | None,
-) -> dict[str, Any]:
-    own = {key: getattr(stage, key) for key in asdict(settings)}
-    chosen = {key: run if own[key] is None else own[key] for key, run in asdict(settings).items()}
-    per_epoch = math.ceil(num_images / chosen["batch_size"])
-    steps = stage.steps or (stage.epochs or 0) * per_epoch
-    policy = resolve_batch_norm(stage.batch_norm, num_images=num_images, batch_size=chosen["batch_size"])
-    frozen = freeze_for_stage(model, stage, policy)
-    return {
-        "name": stage.name,
-        "solver": stage.solver,
-        "by_probe": stage.by_probe,
-        "epochs": stage.epochs or round(steps / per_epoch, 2),
-        "steps": steps,
-        "warmup_steps": stage.warmup_steps(steps),
-        "schedule": stage.schedule,
-        **chosen,
-        "augmentation": stage.augmentation,
-        "views": stage.views,
-        "patience": stage.patience,
-        "frozen_dropout": stage.frozen_dropout,
-        "parameters": frozen.parameters,
-        "trainable_parameters": frozen.trainable_parameters,
-        "groups": _group_rows(model, stage, policy, frozen.groups, l2_sp),
-    }
-
-
-def _group_rows(
-    model: TorchvisionForImageClassification,
-    stage: Stage,
-    policy: BatchNormPolicy,
-    frozen: tuple[str, ...],
-    l2_sp: float | None,
-) -> list[dict[str, Any]]:
-    groups = model.layer_groups()
-    by_steps = stage.solver != "probe"
-    in_optimizer = {entry["name"]: entry for entry in param_groups(model, groups, stage, l2_sp=l2_sp)}
-    rows = []
-    for name, group in groups.items():
-        decayed, rest = (in_optimizer.get(f"{name}/{kind}") for kind in ("decay", "no_decay"))
-        trained = decayed or rest
-        rows.append(
-            {
-                "group": name,
-                "parameters": _scalars(group.parameters.values()),
-                "trainable_parameters": sum(_scalars(entry["params"]) for entry in (decayed, rest) if entry),
-                "not_decayed_parameters": _scalars(rest["params"]) if rest else 0,
-                "learning_rate": trained["lr"] if trained and by_steps else None,
-                "weight_decay": decayed["weight_decay"] if decayed and by_steps else None,
-                "batch_norm": (FROZEN if name in frozen else policy) if batch_norms(group) else None,
-            }
-        )
-    return rows
-
-
-def _scalars(parameters: Any) -> int:
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def _empty_model(recipe: Recipe, class_names: list[str], image_size: int) -> TorchvisionForImageClassification:

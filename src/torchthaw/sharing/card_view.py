@@ -5,13 +5,12 @@ from typing import Any
 
 import yaml
 
+from torchthaw.sharing import card_figures
 from torchthaw.sharing.card_data import CardData
+from torchthaw.sharing.card_figures import MAX_ROWS, METRIC_NAMES, Table, signed_difference, table
 from torchthaw.sharing.card_metadata import card_title, data_name, start_of_training
-from torchthaw.sharing.card_numbers import NONE, count, figure, interval, p_value, short
+from torchthaw.sharing.card_numbers import NONE, count, figure, p_value, short
 from torchthaw.sharing.card_schema import (
-    Calibration,
-    ClassFigures,
-    CrossValidation,
     Imbalance,
     Results,
     SplitFigures,
@@ -21,22 +20,9 @@ from torchthaw.sharing.card_start import forgotten, moved
 from torchthaw.sharing.markdown import one_line, shell_command
 from torchthaw.sharing.markdown import without_absolute_paths as portable
 
-MAX_ROWS = 30
 MAX_PATHS = 10
-# An interval of accuracy wider than this is worth a line among the limits.
-WIDE_INTERVAL = 0.05
 SPLITS = ("train", "validation", "test")
 
-METRIC_NAMES = {
-    "map": "mAP",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "balanced_accuracy": "balanced accuracy",
-    "loss": "log loss",
-    "ece": "expected calibration error",
-    "hamming_loss": "Hamming loss",
-}
 PLOT_NAMES = {
     "curves.png": "Loss and validation metrics over epochs, with the stages",
     "learning_rates.png": "Learning rate of each layer group over steps",
@@ -56,8 +42,6 @@ PLOT_NAMES = {
     "classes_out_of_fold.png": "F1 and number of the validation images of all folds by class",
     "scores_out_of_fold.png": "Scores of right and wrong predictions on the validation images of all folds",
 }
-
-Table = dict[str, Any]
 
 
 def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,13 +70,15 @@ def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str,
         "where": data.options.repository or "MODEL",
         "measured": measured,
         "reporting": reporting,
-        "headline": _headline(measured),
-        "metrics": _metrics(measured),
-        "calibration": _calibration(results.calibration) if results.calibration else None,
-        "augmented": _augmented(results),
-        "folds": _folds(results.cross_validation) if results.cross_validation else None,
-        "most_frequent": _most_frequent(measured[reporting]) if reporting and not data.config.several_labels else None,
-        "uncertain": {split: figures for split, figures in measured.items() if _is_uncertain(figures)},
+        "headline": card_figures.headline_table(measured),
+        "metrics": card_figures.metric_table(measured),
+        "calibration": card_figures.calibration_table(results.calibration) if results.calibration else None,
+        "augmented": card_figures.augmented_table(results),
+        "folds": card_figures.fold_table(results.cross_validation) if results.cross_validation else None,
+        "most_frequent": card_figures.most_frequent(measured[reporting])
+        if reporting and not data.config.several_labels
+        else None,
+        "uncertain": {split: figures for split, figures in measured.items() if card_figures.is_uncertain(figures)},
         "splits": _splits(results),
         "cut_off": any(split.origin == "cut off" for split in results.data.splits.values()),
         "counts": _counts(data),
@@ -109,17 +95,13 @@ def template_variables(data: CardData, metadata: Mapping[str, Any]) -> dict[str,
         "balancing": _balancing(results.imbalance) if results.imbalance else None,
         "moved": moved(results.distance_from_start),
         "forgetting": forgotten(results.forgetting),
-        "classes": _classes(measured[reporting].per_class) if reporting else None,
+        "classes": card_figures.class_table(measured[reporting].per_class) if reporting else None,
         "plots": {name: PLOT_NAMES.get(name, _plain_name(name)) for name in _in_order(data.plots)},
         "weights_checked": data.weights_checked,
         "command": shell_command(results.command) if results.command else None,
         "recipe": _recipe_yaml(data.recipe),
         "environment": _environment(results),
     }
-
-
-def _table(head: list[str], rows: list[list[str]], **extra: Any) -> Table | None:
-    return {"head": head, "rows": rows, **extra} if rows else None
 
 
 def _license(metadata: Mapping[str, Any]) -> dict[str, str | None]:
@@ -150,7 +132,7 @@ def _splits(results: Results) -> Table | None:
     head = ["split", "images", "how it came about"]
     if all(how == NONE for *_, how in rows):
         head, rows = head[:2], [row[:2] for row in rows]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _class_counts(results: Results, split: str) -> dict[str, int]:
@@ -174,7 +156,7 @@ def _counts(data: CardData) -> Table | None:
     rows = [[name, *(count(counts.get(name, 0)) for counts in known.values())] for name in names[:MAX_ROWS]]
     rest = [first.get(name, 0) for name in names[MAX_ROWS:]]
     more = {"more": len(rest), "fewest": min(rest, default=0), "most": max(rest, default=0), "split": next(iter(known))}
-    return _table(["class", *known], rows, **more)
+    return table(["class", *known], rows, **more)
 
 
 def _smallest(results: Results) -> dict[str, Any] | None:
@@ -200,7 +182,7 @@ def _without_images(measured: dict[str, SplitFigures]) -> dict[str, list[str]]:
 def _stages(results: Results) -> Table | None:
     metric = METRIC_NAMES.get(results.metric or "", results.metric or "metric")
     head = ["stage", "trained, with peak learning rate", "epochs", "BatchNorm", f"validation {metric}", "difference"]
-    return _table([*head, "p", "kept"], [_stage_row(stage) for stage in results.stages])
+    return table([*head, "p", "kept"], [_stage_row(stage) for stage in results.stages])
 
 
 def _stage_row(stage: StageResult) -> list[str]:
@@ -209,16 +191,9 @@ def _stage_row(stage: StageResult) -> list[str]:
         values, difference, p = figure(stage.best_metric), NONE, NONE
     else:
         values = f"{figure(made.before)} → {figure(made.after)}"
-        difference, p = _difference(made.difference, made.interval), p_value(made.p_value)
+        difference, p = signed_difference(made.difference, made.interval), p_value(made.p_value)
     kept = NONE if stage.accepted is None else "yes" if stage.accepted else "no, rolled back"
     return [stage.name, _rates(stage), short(stage.epochs), stage.batch_norm or NONE, values, difference, p, kept]
-
-
-def _difference(value: float | None, limits: tuple[float, float] | None) -> str:
-    if value is None:
-        return NONE
-    shown = f"{value + 0.0:+.4f}"
-    return shown if limits is None else f"{shown} ({interval(limits)})"
 
 
 def _rates(stage: StageResult) -> str:
@@ -251,103 +226,6 @@ def _frozen(results: Results) -> dict[str, list[str]] | None:
     return {"moved": [stage.name for stage in checked if not stage.frozen_unchanged]}
 
 
-# Figures
-
-
-def _headline(measured: dict[str, SplitFigures]) -> Table | None:
-    several = any(figures.map is not None for figures in measured.values())
-    rows = [
-        [
-            split,
-            count(figures.num_images),
-            figure(figures.map if several else figures.accuracy),
-            interval(figures.map_interval if several else figures.accuracy_interval),
-            figure(figures.macro_f1),
-            interval(figures.macro_f1_interval),
-        ]
-        for split, figures in measured.items()
-    ]
-    first = METRIC_NAMES["map" if several else "accuracy"]
-    return _table(["split", "images", first, "95 % interval", "macro F1", "95 % interval"], rows)
-
-
-def _metrics(measured: dict[str, SplitFigures]) -> Table | None:
-    rows = [
-        [name, *(figure(getattr(figures, key)) for figures in measured.values())]
-        for key, name in METRIC_NAMES.items()
-        if any(getattr(figures, key) is not None for figures in measured.values())
-    ]
-    return _table(["metric", *measured], rows)
-
-
-def _calibration(calibration: Calibration) -> Table | None:
-    """Shows each figure of calibration by split; nothing where it changed nothing."""
-    rows = [
-        [split, name, figure(made.before), figure(made.after), figure(made.cross_fitted)]
-        for key, name in {**METRIC_NAMES, "brier": "Brier score"}.items()
-        for split, made in getattr(calibration, key, {}).items()
-        if calibration.problem is None
-    ]
-    return _table(["split", "metric", "before", "after", "cross-fitted"], rows)
-
-
-def _augmented(results: Results) -> Table | None:
-    """Shows the figures of each split without and with test-time augmentation."""
-    augmented = results.tta
-    if augmented is None:
-        return None
-    pairs = {"validation": (results.validation, augmented.validation), "test": (results.test, augmented.test)}
-    rows = []
-    for split, (plain, mean) in pairs.items():
-        for key, name in METRIC_NAMES.items():
-            if plain is None or mean is None or getattr(plain, key) is None or getattr(mean, key) is None:
-                continue
-            made = augmented.differences.get(key) if split == "validation" else None
-            difference = NONE if made is None else _difference(made.difference, made.interval)
-            rows.append([split, name, figure(getattr(plain, key)), figure(getattr(mean, key)), difference])
-    return _table(["split", "metric", "without", "with", "difference"], rows)
-
-
-def _folds(crossed: CrossValidation) -> Table | None:
-    """Shows each figure over the folds, and over their validation images together."""
-    rows = [
-        [
-            METRIC_NAMES.get(key, key),
-            f"{figure(spread.mean)} ± {figure(spread.std)}",
-            f"{figure(min(spread.values))} to {figure(max(spread.values))}",
-            figure(getattr(crossed.pooled, key, None)),
-        ]
-        for key, spread in crossed.figures.items()
-        if spread.values
-    ]
-    return _table(["metric", "mean ± standard deviation", "lowest to highest", "all folds together"], rows)
-
-
-def _most_frequent(figures: SplitFigures) -> str | None:
-    """Returns the accuracy of always giving the most frequent label."""
-    supports = [of_class.support for of_class in figures.per_class.values()]
-    return figure(max(supports) / sum(supports)) if sum(supports) else None
-
-
-def _is_uncertain(figures: SplitFigures) -> bool:
-    limits = figures.accuracy_interval
-    return limits is not None and limits[1] - limits[0] > WIDE_INTERVAL
-
-
-def _classes(per_class: dict[str, ClassFigures]) -> Table | None:
-    # Classes without images have no figures to be worst by.
-    ordered = sorted(per_class.items(), key=lambda item: (item[1].support == 0, item[1].f1))
-    columns = {"average precision": "average_precision", "precision": "precision", "recall": "recall", "F1": "f1"}
-    if all(of_class.average_precision is None for of_class in per_class.values()):
-        del columns["average precision"]
-    rows = [
-        [name, *(figure(getattr(of_class, key)) if of_class.support else NONE for key in columns.values()),
-         count(of_class.support)]
-        for name, of_class in ordered[:MAX_ROWS]
-    ]  # fmt: skip
-    return _table(["class", *columns, "images"], rows, more=max(0, len(ordered) - MAX_ROWS))
-
-
 # Files and surroundings
 
 
@@ -378,4 +256,4 @@ def _environment(results: Results) -> Table | None:
     if results.emissions_kg is not None:
         rows.append(["emissions", f"{1000 * results.emissions_kg:.6g} g CO2eq ({one_line(results.emissions_source)})"])
     rows += [[name, version] for name, version in results.versions.items()]
-    return _table(["what", "value"], [row for row in rows if row])
+    return table(["what", "value"], [row for row in rows if row])
