@@ -5,48 +5,40 @@ optimizer, a fresh schedule and a fresh wrap for distributed training. At its en
 are kept. The private methods that are overridden were read in transformers 5.23 and are tested with 5.10.1 too.
 """
 
-import dataclasses
 import gc
 import logging
 import math
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from torchthaw.backbones.allocator import tensors_kept_in_memory
 from torchthaw.errors import TrainingError
 from torchthaw.stages.adapters import add_adapters
 from torchthaw.stages.freezing import freeze_for_stage
-from torchthaw.stages.low_rank import adapted_weights, adapter_parameters, merge_adapters, with_adapted_weights
+from torchthaw.stages.low_rank import adapted_weights, merge_adapters, with_adapted_weights
 from torchthaw.stages.proof import check_unchanged, frozen_fingerprints
 from torchthaw.stages.snapshots import all_tensors, live_names, put_back, take_snapshot
 from torchthaw.training import processes
 from torchthaw.training.callbacks import StagedCallbackHandler, StageEndCallback
-from torchthaw.training.checkpoints import prune, remove_incomplete, seal, step_of
+from torchthaw.training.checkpoints import remove_incomplete
 from torchthaw.training.completion import stage_arguments
 from torchthaw.training.datasets import length_of, stage_view
 from torchthaw.training.gradients import NonFiniteError
-from torchthaw.training.identity import identity_of
-from torchthaw.training.probing import ProbingTrainer
 from torchthaw.training.progress import Progress, read_state
 from torchthaw.training.records import StageRecord
 from torchthaw.training.resume import (
     check_same_everywhere,
-    check_same_run,
-    find_checkpoint,
     new_run_id,
-    this_runs_checkpoints,
-    write_journal,
 )
+from torchthaw.training.saving import SavingTrainer
 from torchthaw.training.stage_end import conclude
 from torchthaw.training.wise_ft import note_mixture
 
@@ -55,7 +47,7 @@ logger = logging.getLogger(__name__)
 RETRY_FACTOR = 0.1
 
 
-class StagedTrainer(ProbingTrainer):
+class StagedTrainer(SavingTrainer):
     """Runs the stages of a plan as one run of `Trainer`; `ThawTrainer` adds what users pass and read."""
 
     callback_handler: StagedCallbackHandler
@@ -107,15 +99,6 @@ class StagedTrainer(ProbingTrainer):
         finally:
             if freezes:
                 gc.unfreeze()
-
-    def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
-        checkpoint = find_checkpoint(wanted, Path(str(self.args.output_dir)))
-        check_same_run(self._describe_run(self._plan_lengths()[0]), checkpoint)
-        return checkpoint
-
-    def _describe_run(self, planned_steps: list[int]) -> dict[str, Any]:
-        data = {"train": self._train_data, "validation": self.eval_dataset}
-        return identity_of(self.args, self.model, self.plan, planned_steps, data)
 
     def _inner_training_loop(
         self,
@@ -327,58 +310,3 @@ class StagedTrainer(ProbingTrainer):
             self.objective: Any = self.compute_objective(self._progress.kept.metrics)
         self._write_journal(finished=True)
         return output
-
-    def _write_journal(self, *, finished: bool) -> None:
-        if self.args.should_save and self.args.save_strategy != "no":
-            stages = [record.to_dict() for record in self.stage_records]
-            write_journal(
-                self._run_folder,
-                run_id=self._progress.run_id,
-                identity=self._identity,
-                stages=stages,
-                finished=finished,
-            )
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = self._run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if folder.resolve() == self._last_checkpoint:
-            # The rest of the step is done again from there; to write it anew would leave none meanwhile.
-            return
-        if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # half-written, or of an earlier run in the same place
-        processes.wait()
-        self._note_stop()
-        # The older ones must stay until this one is whole.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        progress = dataclasses.replace(
-            self._progress,
-            loss_sum=self._progress.loss_sum + self._total_loss_scalar,
-            unlogged_loss=_mean(processes.gather(self._tr_loss.item())),
-            last_logged_step=self._globalstep_last_logged,
-            last_grad_norm=self._last_norm.item(),
-            group_norms=self._norms_of_groups().state(),
-            epoch_stopped=self.control.should_epoch_stop,
-            adapters=take_snapshot(self.model, adapter_parameters(self.model)),
-            stage_seconds=self._progress.stage_seconds + time.monotonic() - self._stage_started,
-        )
-        processes.wait()
-        if self.args.should_save:
-            progress.save(folder, self._identity)
-            seal(folder, run_id=progress.run_id)
-            best = self.state.best_model_checkpoint
-            # Those of later steps were passed over when the run was resumed.
-            mine = this_runs_checkpoints(self._run_folder, progress.run_id)
-            mine = [checkpoint for checkpoint in mine if step_of(checkpoint) <= self.state.global_step]
-            prune(mine, limit=limit, keep=[Path(best)] if best else [])
-        self._last_checkpoint = folder.resolve()
-        processes.wait()
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
