@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Lets nothing that was cached before these tests decide what they see."""
     os.environ["TORCHTHAW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _little_to_wait_for() -> Iterator[None]:
+    """Spares the many runs of a test process some time, for what they do not test.
+
+    A run begins with a collection of garbage, which looks through all that was imported unless that is frozen; a run in
+    a process of its own has next to nothing to collect. Flushing files to the disk protects from a loss of power only.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+
+    gc.collect()
+    gc.freeze()
+    flush, os.fsync = os.fsync, lambda _: None
+    yield
+    os.fsync = flush
+    gc.unfreeze()
 
 
 @pytest.fixture

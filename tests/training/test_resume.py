@@ -4,7 +4,6 @@ Interrupted by exceptions here; test_kill_anywhere.py kills processes.
 """
 
 import copy
-import gc
 import json
 import shutil
 
@@ -42,15 +41,6 @@ class Start(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.step = state.global_step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_objects_to_look_through():
-    # Trainer collects garbage at the start of each stage.
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

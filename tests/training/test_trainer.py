@@ -294,6 +294,18 @@ def test_stock_trainer_trains_the_wrapped_model(tmp_path, splits, processor):
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.fixture
+def nothing_frozen():
+    """Puts the collector of garbage into the state that it has in a script."""
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    yield
+    if frozen:
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 def test_an_earlier_trainer_is_gone_when_the_next_one_trains(tmp_path, splits, processor):
     alive = []
 
