@@ -11,6 +11,7 @@ import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -30,6 +31,7 @@ from torchthaw import (
 from torchthaw.stages import auto
 from torchthaw.stages.proof import digest
 from torchthaw.training import processes
+from torchthaw.training.step_checks import can_leave_out
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from small_transformers import small_model
@@ -303,6 +305,14 @@ def other_plan(folder, batch_size):
 
 def broken_image(folder, batch_size):
     return staged(folder / "nan", batch_size, spoiled=("wreck", 5, 1), gate="off")
+
+
+def broken_image_settled_later(folder, batch_size):
+    """As on GPUs: the optimizer leaves out the step, and both processes hear of it in the next one."""
+    fused = Stage("wreck", 1, epochs=2, learning_rate=1e-3, optimizer="adamw_torch_fused")
+    with patch.object(WatchedTrainer, "_settles_later", lambda self: can_leave_out(self.create_optimizer())):
+        plan = [HEAD, fused, PLAN[2]]
+        return staged(folder / "nan later", batch_size, plan=plan, spoiled=("wreck", 5, 1), gate="off")
 
 
 def missing_checkpoint(folder, batch_size):

@@ -80,7 +80,7 @@ def two(tmp_path_factory):
     scenarios = [
         "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "probe", "far", "own_heads",
         "stream", "stream_read_by_each",
-        "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image", "missing_checkpoint",
+        "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image", "broken_image_settled_later", "missing_checkpoint",
         "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
     ]  # fmt: skip
     return Reports(folder, start(2, WORKER, folder, 6, *scenarios))
@@ -358,8 +358,9 @@ def test_an_error_of_the_first_process_is_raised_in_both(two):
     assert "there is no whole checkpoint" in message
 
 
-def test_a_broken_image_in_one_process_ends_the_stage_in_both(two):
-    first, second = two.good("broken_image")
+@pytest.mark.parametrize("scenario", ["broken_image", "broken_image_settled_later"])
+def test_a_broken_image_in_one_process_ends_the_stage_in_both(two, scenario):
+    first, second = two.good(scenario)
     assert decisions(first) == decisions(second)
     assert [record["accepted"] for record in first["records"]] == [True, False, True]
     assert [record["steps"] for record in first["records"]] == [4, 1, 2]

@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite end a stage, not the weights; gradients that are missing end the run."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -12,12 +13,21 @@ from transformers import TrainerCallback
 
 from torchthaw import Stage, ThawTrainer, ThawTrainingArguments, TorchvisionConfig, TorchvisionForImageClassification
 from torchthaw.errors import TrainingError
+from torchthaw.training.step_checks import DeviceFlag, can_leave_out
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 STEPS = 3  # of an epoch
 HEAD = Stage("head", "head", epochs=1, learning_rate=1e-3)
 BLOCK = Stage("block", 1, epochs=2, learning_rate=1e-4)
 ALL = Stage("all", "all", epochs=1, learning_rate=1e-5)
+
+
+@pytest.fixture(params=["at once", "later"], autouse=True)
+def when(request, monkeypatch):
+    """When it is asked whether a step was finite: later where there is a GPU, which here the CPU stands in for."""
+    if request.param == "later":
+        monkeypatch.setattr(ThawTrainer, "_settles_later", lambda self: can_leave_out(self.create_optimizer()))
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +195,18 @@ class Losses(TrainerCallback):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 100])
-def test_the_mean_training_loss_is_that_of_all_steps_made(tmp_path, data, steps):
+def test_the_mean_training_loss_is_that_of_all_steps_made(tmp_path, data, steps, when):
     trainer = run(
         data, tmp_path, [HEAD, BLOCK, ALL], callbacks=[watch := Losses()], spoiled=("block", 4, [1]),
         logging_strategy="steps", logging_steps=steps,
     )  # fmt: skip
     watch.trainer = trainer
     output = trainer.train()
-    assert len(watch.losses) == trainer.state.global_step == 3 + 4 + 3
-    assert output.training_loss == pytest.approx(np.mean(watch.losses), rel=1e-5)
+    # Callbacks hear of the broken step too, where it is asked for later.
+    made = [loss for loss in watch.losses if math.isfinite(loss)]
+    assert len(made) == trainer.state.global_step == 3 + 4 + 3
+    assert len(watch.losses) - len(made) == (when == "later")
+    assert output.training_loss == pytest.approx(np.mean(made), rel=1e-5)
 
 
 def test_weights_that_are_not_finite_are_found_by_the_loss(tmp_path, data):
@@ -251,6 +264,53 @@ def test_nor_are_they_with_the_gate_off(tmp_path, data, options):
     assert trainer.stage_records[1].ended_early.startswith(f"at step {STEPS + 1} the validation ")
     assert bit_equal(trainer.recorder.ends[1], trainer.recorder.begins[1])
     assert is_finite(trainer.model)
+
+
+def test_no_checkpoint_is_made_of_a_broken_step(tmp_path, data):
+    trainer = run(
+        data, tmp_path, [HEAD, BLOCK], spoiled=("block", 1, [1]), save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1,
+        save_total_limit=None,
+    )  # fmt: skip
+    trainer.train()
+    made = sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))
+    assert made == [f"checkpoint-{step}" for step in range(1, STEPS + 2)]
+    states = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in made]
+    assert [state["global_step"] for state in states] == list(range(1, STEPS + 2))
+
+
+def test_a_sound_run_is_the_same_whenever_it_is_asked(tmp_path, data, when, monkeypatch):
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "logging_strategy": "steps", "logging_steps": 2}
+    trainer = run(data, tmp_path / "one", [HEAD, ALL], **options)
+    trainer.train()
+    monkeypatch.setattr(ThawTrainer, "_settles_later", lambda self: when == "at once")
+    other = run(data, tmp_path / "other", [HEAD, ALL], **options)
+    other.train()
+    assert bit_equal(copied(trainer.model), copied(other.model))
+    keys = ("loss", "grad_norm", "grad_norm/head", "eval_loss")
+    logged = [[[line.get(key) for key in keys] for line in finished.state.log_history] for finished in (trainer, other)]
+    assert logged[0] == logged[1]
+
+
+def test_an_optimizer_that_cannot_leave_out_steps_is_asked_at_once():
+    weight = nn.Parameter(torch.ones(2))
+    assert can_leave_out(torch.optim.AdamW([weight], fused=True))
+    assert not can_leave_out(torch.optim.AdamW([weight]))
+    assert not can_leave_out(torch.optim.SGD([weight], lr=0.1, foreach=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_flag_is_read_without_waiting_for_later_work():
+    work = torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    flag = DeviceFlag((work > 100).any())
+    for _ in range(20):
+        work = work @ work
+    done = torch.cuda.Event()
+    done.record()
+    assert not flag
+    assert not done.query(), "later work goes on"
+    assert DeviceFlag(torch.tensor(True, device="cuda"))
 
 
 # Another try

@@ -48,12 +48,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> tuple
     return norm, norms
 
 
-def broken_group(optimizer_groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Returns the optimizer group nearest to the head with a gradient that is not finite; None if all are finite."""
-    for group in reversed(optimizer_groups):
-        if any(p.grad is not None and not torch.isfinite(p.grad).all() for p in group["params"]):
-            return group
-    return None
+def broken_parameters(parameters: Sequence[nn.Parameter], norms: torch.Tensor) -> list[nn.Parameter]:
+    """Returns the parameters whose gradients are not finite, or too large for their norm to be.
+
+    Args:
+        parameters: All with a gradient.
+        norms: What `gradient_norms` gives for them.
+    """
+    finite = torch.isfinite(norms).tolist()
+    return [parameter for parameter, is_finite in zip(parameters, finite, strict=True) if not is_finite]
 
 
 def broken_rows(inputs: Mapping[str, Any]) -> list[int]:
@@ -71,6 +74,7 @@ def explain_non_finite(
     stage: str,
     step: int,
     optimizer_groups: Sequence[Mapping[str, Any]],
+    broken: Sequence[nn.Parameter],
     inputs: Mapping[str, Any],
 ) -> str:
     """Says where a step broke: the layer group with its learning rate, and what is known of the batch.
@@ -80,9 +84,11 @@ def explain_non_finite(
         stage: Name of the stage.
         step: Number of the step in the run, from 1 on.
         optimizer_groups: Groups of the optimizer, from the input to the head.
+        broken: The parameters whose gradients are not finite; the group of them that is nearest to the head is named.
         inputs: The batch.
     """
-    group = broken_group(optimizer_groups)
+    of_broken = {id(parameter) for parameter in broken}
+    group = next((g for g in reversed(optimizer_groups) if of_broken & {id(p) for p in g["params"]}), None)
     rates = {g["layer_group"]: float(g["lr"]) for g in optimizer_groups}
     where = (
         f"the gradient breaks in layer group {group['layer_group']!r} (learning rate {float(group['lr']):.3g})"

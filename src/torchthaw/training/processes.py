@@ -97,12 +97,20 @@ def gather(value: T) -> list[T]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; cheap enough for every step."""
+    """Whether the flag is set in any process."""
+    return bool(anywhere(torch.tensor(flag)))
+
+
+def anywhere(flag: torch.Tensor) -> torch.Tensor:
+    """Returns whether a flag, a boolean scalar, is set in any process, as a tensor that nobody has waited for yet.
+
+    Cheap enough for every step.
+    """
     if not is_distributed():
         return flag
-    highest = torch.tensor([flag], dtype=torch.uint8, device=_device())
+    highest = flag.to(_device(), torch.uint8)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    return bool(highest.item())
+    return highest.to(flag.device, torch.bool)
 
 
 def share_buffers(module: nn.Module) -> None:

@@ -102,6 +102,10 @@ class RangeTestTrainer(StageCopyTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _settles_later(self) -> bool:
+        # Each loss is asked for anyway.
+        return False
+
     def _checked_norm(self, model: nn.Module, max_norm: float) -> torch.Tensor:
         """Clips as in training; notes the loss, and ends the test where it diverges."""
         loss = torch.stack([loss for loss, _ in self._batches]).sum().item()

@@ -50,6 +50,8 @@ class SavingTrainer(ProbingTrainer):
         if folder.resolve() == self._last_checkpoint:
             # The rest of the step is done again from there; to write it anew would leave none meanwhile.
             return
+        # Some come in the middle of a step: before a machine is taken away.
+        self._settle()
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # half-written, or of an earlier run in the same place
         processes.wait()
