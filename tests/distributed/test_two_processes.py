@@ -80,7 +80,8 @@ def two(tmp_path_factory):
     scenarios = [
         "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "probe", "far", "own_heads",
         "stream", "stream_read_by_each",
-        "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image", "broken_image_settled_later", "missing_checkpoint",
+        "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image",
+        "broken_image_settled_later", "missing_checkpoint",
         "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
     ]  # fmt: skip
     return Reports(folder, start(2, WORKER, folder, 6, *scenarios))
