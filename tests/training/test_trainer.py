@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from torchthaw import (
@@ -325,3 +326,20 @@ def test_an_earlier_trainer_is_gone_when_the_next_one_trains(tmp_path, splits, p
         gc.enable()
     assert alive == [False]
     assert gc.get_freeze_count() == 0
+
+
+def test_a_compiled_model_trains_alike(tmp_path, splits, processor):
+    plan = [Stage("head", "head", epochs=1, learning_rate=1e-2), Stage("all", "all", epochs=1, learning_rate=1e-3)]
+    options = {"plan": plan, "gate": "off", "augmentation": "none", "max_grad_norm": 1.0}
+    plain = new_trainer(tmp_path / "plain", splits, processor, **options)
+    plain.train()
+    # Traced and cut into graphs as for any backend, but run by torch's own kernels: the others want a C++ compiler.
+    compiled = new_trainer(
+        tmp_path / "compiled", splits, processor, torch_compile=True, torch_compile_backend="eager", **options
+    )
+    compiled.train()
+    assert counters["frames"]["ok"] > 0, "graphs were made"
+    wanted = plain.model.state_dict()
+    assert list(compiled.model.state_dict()) == list(wanted)
+    for name, tensor in compiled.model.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-3, msg=name)
