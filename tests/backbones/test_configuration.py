@@ -9,8 +9,7 @@ import torchvision
 from transformers import AutoConfig
 
 from torchthaw import TorchvisionConfig
-from torchthaw.backbones.anatomy import family_of, list_architectures, uses_transformer_recipe
-from torchthaw.backbones.families import FAMILIES
+from torchthaw.backbones.anatomy import FAMILIES, family_of, list_architectures, uses_transformer_recipe
 
 
 def test_names_from_a_list_a_mapping_or_a_number():

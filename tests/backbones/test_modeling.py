@@ -20,8 +20,7 @@ from torchthaw import (
     TorchvisionImageProcessor,
     TorchvisionModel,
 )
-from torchthaw.backbones.anatomy import family_of
-from torchthaw.backbones.families import FAMILIES
+from torchthaw.backbones.anatomy import FAMILIES, family_of
 from torchthaw.backbones.registration import register_auto_classes
 
 # The smallest member of each family and the smallest image it takes without a layer of one pixel in train mode.

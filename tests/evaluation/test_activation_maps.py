@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from torchthaw import TorchvisionForImageClassification
-from torchthaw.backbones.anatomy import list_architectures
-from torchthaw.backbones.families import FAMILIES
+from torchthaw.backbones.anatomy import FAMILIES, list_architectures
 from torchthaw.evaluation.activation_maps import activation_layer, activation_maps
 
 NAMES = ["ant", "bee", "cat", "dog"]

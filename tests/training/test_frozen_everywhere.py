@@ -18,8 +18,7 @@ from torchthaw import (
     TorchvisionForImageClassification,
     param_groups,
 )
-from torchthaw.backbones.anatomy import family_of
-from torchthaw.backbones.families import FAMILIES
+from torchthaw.backbones.anatomy import FAMILIES, family_of
 from torchthaw.stages.freezing import freeze_for_stage
 
 # The cheapest member of each family, and an image size that leaves BatchNorm more than one pixel to learn from.

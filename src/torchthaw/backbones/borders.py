@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
-from .anatomy import family_of
+from .anatomy import HEAD, family_of
 from .conv_norm_pairs import without_hooks
-from .families import HEAD
 from .modeling import TorchvisionForImageClassification
 
 # What a probe of the cut may differ by, relative to the largest logit: sums of another order, no other network.

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .anatomy import group_paths
-from .families import HEAD
+from .anatomy import HEAD, group_paths
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutput
 
-from .anatomy import closest, family_of
+from .anatomy import FAMILIES, HEAD, closest, family_of
 from .checkpointing import recomputed_blocks
 from .configuration import TorchvisionConfig, names_by_id
-from .families import FAMILIES, HEAD
 from .label_loss import classification_loss
 from .layer_groups import LayerGroup, layer_groups
 from .network import align_memory, build_network, like, with_version
