@@ -32,6 +32,7 @@ class GuardedTrainer(TimedTrainer):
     model: TorchvisionForImageClassification
     stage: Stage | None = None
     _gradients_checked = False
+    _unsettled: TakenStep | None = None
 
     def _prepare_checks(self) -> None:
         """Begins anew, at the start of a stage."""
@@ -40,7 +41,7 @@ class GuardedTrainer(TimedTrainer):
         self._group_norms: GroupNorms | None = None
         # Loss and inputs of the batches whose gradients the next optimizer step takes together.
         self._batches: list[tuple[torch.Tensor, Any]] = []
-        self._unsettled: TakenStep | None = None
+        self._unsettled = None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self._gradients_checked and self.stage is not None:
