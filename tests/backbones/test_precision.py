@@ -17,7 +17,11 @@ from torchthaw.backbones.precision import (
 )
 
 KEY = {"architecture": "resnet18", "weights": "abc"}
-PIXELS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+def probe():
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Clock:
@@ -68,7 +72,7 @@ class Part:
 )
 @pytest.mark.usefixtures("bfloat16_hardware")
 def test_it_must_be_faster_and_near(gain, difference, dtype):
-    result = frozen_dtype(Part(gain=gain, difference=difference), PIXELS, key=KEY, folder=None)
+    result = frozen_dtype(Part(gain=gain, difference=difference), probe, CPU, key=KEY, folder=None)
     assert result.dtype == dtype
     assert result.gain == pytest.approx(gain)
     assert result.difference == pytest.approx(difference, abs=1e-6, nan_ok=True)
@@ -99,7 +103,7 @@ class Training:
         return torch.ones(3) * (1 + self.difference * fast)
 
     def decide(self, folder=None):
-        return live_dtype(self.step, self.gradient, torch.device("cpu"), key=KEY, folder=folder)
+        return live_dtype(lambda: (self.step, self.gradient), CPU, key=KEY, folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_without_instructions_nothing_is_measured(monkeypatch, tmp_path):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     part = Part()
-    result = frozen_dtype(part, PIXELS, key=KEY, folder=tmp_path)
+    result = frozen_dtype(part, probe, CPU, key=KEY, folder=tmp_path)
     assert (result.dtype, result.gain, result.difference) == (torch.float32, 1.0, 0.0)
     assert "no bfloat16 instructions" in result.why
     assert part.calls == []
@@ -150,23 +154,24 @@ def test_the_hardware_is_asked(monkeypatch):
 @pytest.mark.usefixtures("bfloat16_hardware")
 def test_the_first_decision_holds(tmp_path):
     folder = tmp_path / "cache" / "torchthaw"
-    first = frozen_dtype(Part(gain=2), PIXELS, key=KEY, folder=folder)
+    first = frozen_dtype(Part(gain=2), probe, CPU, key=KEY, folder=folder)
     part = Part(gain=0.5)
-    assert frozen_dtype(part, PIXELS, key=dict(reversed(KEY.items())), folder=folder) == first
+    # The images to measure with are not even loaded.
+    assert frozen_dtype(part, None, CPU, key=dict(reversed(KEY.items())), folder=folder) == first
     assert part.calls == []
-    assert frozen_dtype(part, PIXELS, key={**KEY, "weights": "other"}, folder=folder).dtype == torch.float32
-    assert frozen_dtype(part, PIXELS, key=KEY, folder=None).dtype == torch.float32
+    assert frozen_dtype(part, probe, CPU, key={**KEY, "weights": "other"}, folder=folder).dtype == torch.float32
+    assert frozen_dtype(part, probe, CPU, key=KEY, folder=None).dtype == torch.float32
 
 
 @pytest.mark.parametrize("changed", ["device", "torch", "torchthaw"])
 @pytest.mark.usefixtures("bfloat16_hardware")
 def test_another_device_or_version_decides_anew(tmp_path, monkeypatch, changed):
-    frozen_dtype(Part(gain=2), PIXELS, key=KEY, folder=tmp_path)
+    frozen_dtype(Part(gain=2), probe, CPU, key=KEY, folder=tmp_path)
     if changed == "device":
         monkeypatch.setattr(precision, "_cpu_name", lambda: "another")
     else:
         monkeypatch.setattr(torch if changed == "torch" else precision, "__version__", "9.9")
-    assert frozen_dtype(Part(gain=0.5), PIXELS, key=KEY, folder=tmp_path).dtype == torch.float32
+    assert frozen_dtype(Part(gain=0.5), probe, CPU, key=KEY, folder=tmp_path).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -180,26 +185,26 @@ def test_another_device_or_version_decides_anew(tmp_path, monkeypatch, changed):
 )
 @pytest.mark.usefixtures("bfloat16_hardware")
 def test_a_damaged_file_is_written_on(tmp_path, damage):
-    first = frozen_dtype(Part(gain=2), PIXELS, key=KEY, folder=tmp_path)
+    first = frozen_dtype(Part(gain=2), probe, CPU, key=KEY, folder=tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    second = frozen_dtype(Part(gain=3), PIXELS, key=KEY, folder=tmp_path)
+    second = frozen_dtype(Part(gain=3), probe, CPU, key=KEY, folder=tmp_path)
     assert second.gain > first.gain
-    assert frozen_dtype(Part(gain=0.5), PIXELS, key=KEY, folder=tmp_path) == second
+    assert frozen_dtype(Part(gain=0.5), probe, CPU, key=KEY, folder=tmp_path) == second
 
 
 @pytest.mark.usefixtures("bfloat16_hardware")
 def test_a_folder_that_cannot_be_used_is_no_error(tmp_path):
     file = tmp_path / "file"
     file.write_text("not a folder")
-    assert frozen_dtype(Part(), PIXELS, key=KEY, folder=file / "cache").dtype == torch.bfloat16
+    assert frozen_dtype(Part(), probe, CPU, key=KEY, folder=file / "cache").dtype == torch.bfloat16
 
 
 def _decide(folder, gain, start, results):
     torch.cpu._is_avx512_bf16_supported = lambda: True
     precision.perf_counter = Clock()
     start.wait()
-    results.put(str(frozen_dtype(Part(gain=gain), PIXELS, key=KEY, folder=folder)))
+    results.put(str(frozen_dtype(Part(gain=gain), probe, CPU, key=KEY, folder=folder)))
 
 
 def test_processes_that_decide_at_once_agree(tmp_path):
@@ -222,6 +227,6 @@ def test_processes_that_decide_at_once_agree(tmp_path):
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this CPU has no bfloat16 instructions")
 def test_a_real_network_is_measured():
     network = torch.nn.Conv2d(3, 64, 3, padding=1).requires_grad_(False)
-    result = frozen_dtype(network, torch.randn(8, 3, 64, 64), key=KEY, folder=None)
+    result = frozen_dtype(network, lambda: torch.randn(8, 3, 64, 64), CPU, key=KEY, folder=None)
     assert 0.0001 < result.difference < LARGEST_DIFFERENCE
     assert result.gain > 0

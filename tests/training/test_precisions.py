@@ -135,7 +135,7 @@ def decided(monkeypatch):
     """Lets every stage be worth a choice, which is bfloat16; notes what it was made by."""
     keys = []
 
-    def decide(step, gradient, device, *, key, folder):
+    def decide(works, device, *, key, folder):
         keys.append(key)
         return Precision(torch.bfloat16, 2.0, 0.1, "")
 
@@ -238,7 +238,7 @@ def test_a_real_step_is_measured():
     model, _, images = prepared(ALL, "eval")
     put_on_fast_form(model)
     step, gradient = training_steps(model, None, images)
-    found = precisions.live_dtype(step, gradient, torch.device("cpu"), key={}, folder=None)
+    found = precisions.live_dtype(lambda: (step, gradient), torch.device("cpu"), key={}, folder=None)
     assert found.difference > 0
     assert found.gain > 0
     assert "changes the gradient by" in found.why

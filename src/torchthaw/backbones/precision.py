@@ -18,6 +18,8 @@ from torchthaw._version import __version__
 Run = Callable[[torch.Tensor], torch.Tensor]
 # Does something with its forward pass in the context that it gets.
 Work = Callable[[AbstractContextManager[object]], torch.Tensor]
+# Makes what is timed, and what is compared.
+Works = Callable[[], tuple[Work, Work]]
 
 SMALLEST_GAIN = 1.2
 """How many times as fast bfloat16 must be to be chosen."""
@@ -50,7 +52,9 @@ class Precision:
     why: str
 
 
-def frozen_dtype(run: Run, pixels: torch.Tensor, *, key: Mapping[str, str], folder: Path | None) -> Precision:
+def frozen_dtype(
+    run: Run, probe: Callable[[], torch.Tensor], device: torch.device, *, key: Mapping[str, str], folder: Path | None
+) -> Precision:
     """Decides whether the frozen part of a network is computed in bfloat16.
 
     It is where the device has bfloat16 instructions, is at least `SMALLEST_GAIN` times as fast with them, and the
@@ -60,41 +64,46 @@ def frozen_dtype(run: Run, pixels: torch.Tensor, *, key: Mapping[str, str], fold
 
     Args:
         run: The frozen part in float32, images to outputs. It runs a few times, without gradients.
-        pixels: Images, (batch, 3, height, width), on the device.
+        probe: Returns images, (batch, 3, height, width), on the device; called where there is something to measure.
+        device: The device.
         key: What else the decision depends on: network, weights, image and batch size.
         folder: Where decisions are remembered, made if need be. Several processes may use it at the same time. None,
             or a folder that cannot be written to: the decision is for this time only.
     """
 
-    @torch.no_grad()
-    def work(context: AbstractContextManager[object]) -> torch.Tensor:
-        with context:
-            return run(pixels)
+    def works() -> tuple[Work, Work]:
+        pixels = probe()
 
-    return _decide(work, work, LARGEST_DIFFERENCE, pixels.device, key=key, folder=folder)
+        @torch.no_grad()
+        def work(context: AbstractContextManager[object]) -> torch.Tensor:
+            with context:
+                return run(pixels)
+
+        return work, work
+
+    return _decide(works, LARGEST_DIFFERENCE, device, key=key, folder=folder)
 
 
-def live_dtype(
-    step: Work, gradient: Work, device: torch.device, *, key: Mapping[str, str], folder: Path | None
-) -> Precision:
+def live_dtype(works: Works, device: torch.device, *, key: Mapping[str, str], folder: Path | None) -> Precision:
     """Decides whether what trains of a network is computed in bfloat16, by autocast; weights stay as they are.
 
     It is where the device has bfloat16 instructions, a step is at least `SMALLEST_GAIN` times as fast with them, and
     gradients differ by `LARGEST_GRADIENT_DIFFERENCE` at most. Remembered as by `frozen_dtype`.
 
     Args:
-        step: Runs forward and backward as in training; its result is not looked at.
-        gradient: Does so without anything random, and returns the gradient, (parameters,). Both get the context for
-            the forward pass alone, run a few times, and leave no trace.
+        works: Returns two; called where there is something to measure. The first runs forward and backward as in
+            training; its result is not looked at. The second does so without anything random, and returns the
+            gradient, (parameters,). Both get the context for the forward pass alone, run a few times, and leave no
+            trace.
         device: The device.
         key: What the decision depends on: network, what trains of it, image size.
         folder: Where decisions are remembered; see `frozen_dtype`.
     """
-    return _decide(step, gradient, LARGEST_GRADIENT_DIFFERENCE, device, key=key, folder=folder)
+    return _decide(works, LARGEST_GRADIENT_DIFFERENCE, device, key=key, folder=folder)
 
 
 def _decide(
-    timed: Work, compared: Work, tolerance: float, device: torch.device, *, key: Mapping[str, str], folder: Path | None
+    works: Works, tolerance: float, device: torch.device, *, key: Mapping[str, str], folder: Path | None
 ) -> Precision:
     if not has_bfloat16(device):
         return Precision(torch.float32, 1.0, 0.0, f"{_device_name(device)} has no bfloat16 instructions")
@@ -103,7 +112,7 @@ def _decide(
     remembered = _remembered(folder, name)
     if remembered is not None:
         return remembered
-    measured = _measured(timed, compared, tolerance, device)
+    measured = _measured(*works(), tolerance, device)
     _remember(folder, name, measured)
     # Another process may have been first.
     return _remembered(folder, name) or measured

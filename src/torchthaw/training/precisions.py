@@ -64,7 +64,7 @@ class PrecisionTrainer(AnchoredTrainer):
         weights = digest_of_weights(self._progress.fingerprints)
         key = {**self._probe_key(), "border": border.path, "weights": weights}
         return frozen_dtype(
-            border.prefix, self._probe(self._number_to_probe()), key=key, folder=default_cache_folder()
+            border.prefix, self._images_to_probe, self.args.device, key=key, folder=default_cache_folder()
         ).dtype
 
     def _choose_live_dtype(self, border: Border | None, stage: Stage, folded: int) -> None:
@@ -93,8 +93,12 @@ class PrecisionTrainer(AnchoredTrainer):
             "folded": str(folded),
             **({} if stage.adapters is None else {"lora": str(stage.adapters)}),
         }
-        step, gradient = training_steps(self.model, border, self._probe(self._number_to_probe()))
-        return live_dtype(step, gradient, self.args.device, key=key, folder=default_cache_folder()).dtype
+        return live_dtype(
+            lambda: training_steps(self.model, border, self._images_to_probe()),
+            self.args.device,
+            key=key,
+            folder=default_cache_folder(),
+        ).dtype
 
     def _given_dtype(self, asked: str) -> torch.dtype | None:
         """Returns the type that the arguments or the model leave no choice about; None if it is to be measured."""
@@ -113,9 +117,9 @@ class PrecisionTrainer(AnchoredTrainer):
         images = len(data) * passes
         return images >= least_images and images * side_of(data) ** 2 >= _WORTH_MEASURING
 
-    def _number_to_probe(self) -> int:
+    def _images_to_probe(self) -> torch.Tensor:
         number = round(_PROBED * (DEFAULT_SIDE / side_of(cast(Any, self.train_dataset))) ** 2)
-        return min(max(_PROBED, number), self.args.per_device_train_batch_size)
+        return self._probe(min(max(_PROBED, number), self.args.per_device_train_batch_size))
 
     def _probe_key(self) -> dict[str, str]:
         return {"architecture": self.model.config.architecture, "side": str(side_of(cast(Any, self.train_dataset)))}
