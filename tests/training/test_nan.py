@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite end a stage, not the weights; gradients that are missing end the run."""
 
 import copy
+import functools
 import json
 import math
 
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from torch import nn
 from transformers import TrainerCallback
 
 from torchthaw import Stage, ThawTrainer, ThawTrainingArguments, TorchvisionConfig, TorchvisionForImageClassification
 from torchthaw.errors import TrainingError
-from torchthaw.training.step_checks import DeviceFlag, can_leave_out
+from torchthaw.training.step_checks import DeviceFlag, can_leave_out, leave_out
 
 ARCHITECTURE = "shufflenet_v2_x0_5"
 STEPS = 3  # of an epoch
@@ -185,13 +187,14 @@ def test_a_later_stage_is_rolled_back_and_the_run_goes_on(tmp_path, data, step):
 
 
 class Losses(TrainerCallback):
-    """Keeps the loss of every step that is made."""
+    """Keeps the loss of every step, and whether the weights are finite after it."""
 
     def __init__(self):
-        self.losses = []
+        self.losses, self.finite = [], []
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, *, model, **kwargs):
         self.losses.append(self.trainer.loss.item())
+        self.finite.append(is_finite(model))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 100])
@@ -206,6 +209,7 @@ def test_the_mean_training_loss_is_that_of_all_steps_made(tmp_path, data, steps,
     made = [loss for loss in watch.losses if math.isfinite(loss)]
     assert len(made) == trainer.state.global_step == 3 + 4 + 3
     assert len(watch.losses) - len(made) == (when == "later")
+    assert all(watch.finite)
     assert output.training_loss == pytest.approx(np.mean(made), rel=1e-5)
 
 
@@ -297,6 +301,23 @@ def test_an_optimizer_that_cannot_leave_out_steps_is_asked_at_once():
     assert can_leave_out(torch.optim.AdamW([weight], fused=True))
     assert not can_leave_out(torch.optim.AdamW([weight]))
     assert not can_leave_out(torch.optim.SGD([weight], lr=0.1, foreach=True))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, functools.partial(torch.optim.SGD, momentum=0.9)])
+def test_a_step_that_is_left_out_changes_nothing(kind):
+    def stepped(gradients):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = Accelerator(cpu=True).prepare(kind([weight], lr=0.1, weight_decay=0.1, fused=True))
+        for value in gradients:
+            weight.grad = torch.full((3,), value)
+            leave_out(optimizer, torch.tensor(not math.isfinite(value)))
+            optimizer.step()
+        return weight, optimizer.state[weight]
+
+    weight, state = stepped([1.0, math.nan, 2.0])
+    expected, expected_state = stepped([1.0, 2.0])
+    assert torch.equal(weight, expected)
+    assert bit_equal(state, expected_state)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
