@@ -45,7 +45,7 @@ def _little_to_wait_for() -> Iterator[None]:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         yield
         return
-
+    # Test modules, and with them the package, were imported when tests were collected.
     gc.collect()
     gc.freeze()
     flush, os.fsync = os.fsync, lambda _: None

@@ -273,8 +273,7 @@ def test_nor_are_they_with_the_gate_off(tmp_path, data, options):
 def test_no_checkpoint_is_made_of_a_broken_step(tmp_path, data):
     trainer = run(
         data, tmp_path, [HEAD, BLOCK], spoiled=("block", 1, [1]), save_strategy="steps", save_steps=1,
-        eval_strategy="steps", eval_steps=1,
-        save_total_limit=None,
+        eval_strategy="steps", eval_steps=1, save_total_limit=None,
     )  # fmt: skip
     trainer.train()
     made = sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))
