@@ -36,6 +36,7 @@ from torchthaw.single_run import (
     write_audit,
     write_recipe,
 )
+from torchthaw.stages import auto
 from torchthaw.training import processes
 from torchthaw.training.completion import METRIC_SCHEDULES, check_data
 from torchthaw.training.results import describe_environment, read_results, write_results
@@ -158,7 +159,8 @@ def final_recipe(
         shares: Likewise of the weights of stages in the mixtures with those before them (WiSE-FT).
 
     Returns:
-        The recipe with the stages that at least half of the folds kept, each as long as the median (rounded up) of its
+        The recipe with the stages that at least half of the folds kept, with one that the probe added there, each as
+        long as the median (rounded up) of its
         best epochs, or steps where it is counted in steps, in the folds that kept it; the gate is off.
 
     Raises:
@@ -166,7 +168,11 @@ def final_recipe(
     """
     votes = {vote["name"]: vote for vote in stages}
     kept = []
-    for stage in recipe.stage_plan().stages:
+    planned = recipe.stage_plan().stages
+    added = auto.added(planned[-1])
+    if added.name in votes:
+        planned = (*planned, auto.written_out(added, head_rate=recipe.learning_rate))
+    for stage in planned:
         vote = votes.get(stage.name)
         if vote is None or 2 * sum(vote["kept"]) < len(vote["kept"]):
             continue

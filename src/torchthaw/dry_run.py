@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torchthaw.backbones.anatomy import uses_transformer_recipe
 from torchthaw.backbones.configuration import TorchvisionConfig
 from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
@@ -19,6 +20,7 @@ from torchthaw.plan_rows import RunSettings, plan_rows
 from torchthaw.preparation import check_model, training_arguments
 from torchthaw.recipe import Recipe
 from torchthaw.source_tasks import source_task
+from torchthaw.stages import auto
 from torchthaw.stages.plan import StagePlan
 from torchthaw.stages.presets import stage_augmentation
 from torchthaw.training.completion import check_data, complete_arguments, full_plan
@@ -33,7 +35,8 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     """Prints what `torchthaw train` would do; reads and checks the images, but no weights, and writes nothing.
 
     Returns:
-        Plain JSON data: `stages` (see `plan_rows`), `num_images` by split, `total_steps`, and the settings of the run.
+        Plain JSON data: `stages` (see `plan_rows`), `num_images` by split, `total_steps`, the settings of the run, and
+        `added_stage`, `name` and `steps` of the stage that the linear probe may add to them (None if it may not).
         Of a cross-validation, `stages` are those of its first fold, `total_steps` those of all folds, and
         `cross_validation` has the `folds`, `num_images` and `steps` of each, and `final_steps`, the most that a final
         model takes (None without one).
@@ -71,6 +74,12 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     ]
     steps = [_steps(stages) for stages in planned]
     stages = planned[0]
+    added = auto.may_add(
+        plan.stages,
+        auto.Extent(fold_sizes[0]["train"], stages[-1]["batch_size"], stages[-1]["steps"]),
+        validates=arguments.gate != "off" and arguments.eval_strategy != "no",
+        transformer=uses_transformer_recipe(recipe.backbone),
+    )
     document: dict[str, Any] = {
         "backbone": recipe.backbone,
         "weights": recipe.weights,
@@ -83,6 +92,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         "num_images": sizes,
         "total_steps": sum(steps),
         "stages": stages,
+        "added_stage": None if added is None else {"name": added.name, "steps": stages[-1]["steps"]},
     }
     if recipe.cv is not None:
         everything = plan_rows(model, plan, num_images=sizes["train"], settings=settings, l2_sp=recipe.l2_sp)
@@ -179,6 +189,8 @@ def _print(
             f"The linear probe chooses the rates of {', '.join(by_probe)}, and what BatchNorm does; shown is what "
             "stands without one."
         )
+    if document["added_stage"] is not None:
+        reporter.say(auto.sentence_on_added(**document["added_stage"]))
     for line in (_frozen_line(plan), *pulled, _gate_line(document), *on_imbalance, *last):
         reporter.say(line)
 

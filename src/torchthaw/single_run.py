@@ -152,7 +152,7 @@ def _train(job: Job, trainer: ThawTrainer, reporter: Reporter, *, profiler: Prof
     goes_on = job.resume and processes.on_main(lambda: has_checkpoint(Path(str(trainer.args.output_dir))))
     if job.resume and not goes_on:
         reporter.say("No whole checkpoint was left, so the run starts from the beginning.")
-    progress = RunProgressCallback(reporter, trainer.plan, job.part)
+    progress = RunProgressCallback(reporter, job.part)
     trainer.add_callback(progress)
     trainer.add_callback(DiagnosisCallback(trainer.diagnose, reporter.say))
     if profiler is not None:

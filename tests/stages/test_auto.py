@@ -12,10 +12,18 @@ from torchthaw.stages.auto import (
     FAR_STEPS,
     FEW_IMAGES,
     NEAR,
+    TRY_BATCH,
+    TRY_IMAGES,
+    TRY_STEPS,
+    Extent,
     Findings,
+    added,
+    anew,
     choose,
     chosen,
-    shift_matters,
+    may_add,
+    may_relearn,
+    written_out,
 )
 from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.stages.presets import fill_defaults, make_plan
@@ -65,28 +73,88 @@ def test_far_images_that_the_probe_tells_badly_are_not_learned_anew():
     assert (choice.rate, choice.relearns, choice.keeps_statistics) == (1e-3, False, True)
 
 
+ENOUGH = Extent(FAR_IMAGES, 32, FAR_STEPS)
+WORTH_A_TRY = Extent(TRY_IMAGES, TRY_BATCH, TRY_STEPS)
+
+
 @pytest.mark.parametrize(
-    ("matters", "change"),
+    ("enough", "worth_a_try", "change"),
+    [
+        (True, True, {}),
+        (False, True, {"images": FAR_IMAGES - 1}),
+        (False, True, {"batch_size": 31}),
+        (False, True, {"steps": FAR_STEPS - 1}),
+        (False, False, {"images": TRY_IMAGES - 1}),
+        (False, False, {"images": None}),
+        (False, False, {"batch_size": TRY_BATCH - 1}),
+        (False, False, {"steps": TRY_STEPS - 1}),
+    ],
+)
+def test_how_much_there_is_to_learn_from(enough, worth_a_try, change):
+    extent = dataclasses.replace(ENOUGH, **change)
+    assert (extent.is_enough, extent.is_worth_a_try) == (enough, worth_a_try)
+
+
+@pytest.mark.parametrize(
+    ("may", "change"),
     [
         (True, {}),
-        (False, {"macro_f1": FAR_PROBE - 1e-3}),
-        (False, {"macro_f1": None}),
-        (False, {"images": FAR_IMAGES - 1}),
-        (False, {"images": None}),
-        (False, {"batch_size": 31}),
-        (False, {"steps": FAR_STEPS - 1}),
+        (True, {"validates": False}),
+        (True, {"extent": WORTH_A_TRY}),
+        (False, {"extent": WORTH_A_TRY, "validates": False}),
+        (False, {"extent": Extent(TRY_IMAGES - 1, 32, FAR_STEPS)}),
         (False, {"transformer": True}),
+        (False, {"stage": Stage("all")}),
         (False, {"stage": Stage("all", by_probe=True, batch_norm="eval")}),
         (False, {"stage": Stage("last block", 1, by_probe=True)}),
     ],
 )
-def test_when_the_shift_matters(matters, change):
-    given = {
-        "stage": Stage("all", by_probe=True), "macro_f1": FAR_PROBE, "images": FAR_IMAGES, "batch_size": 32,
-        "steps": FAR_STEPS, "transformer": False,
-    }  # fmt: skip
-    given.update(change)
-    assert shift_matters(given.pop("stage"), **given) is matters
+def test_what_may_learn_batch_norm_and_head_anew(may, change):
+    given = {"stage": Stage("all", by_probe=True), "extent": ENOUGH, "validates": True, "transformer": False, **change}
+    assert may_relearn(given.pop("stage"), given.pop("extent"), **given) is may
+
+
+def test_of_fewer_far_images_both_ways_are_tried():
+    (stage,) = fill_defaults(StagePlan((Stage("all", by_probe=True, epochs=3),)), transformer=False).stages
+    found = Findings(NEAR, FAR_SHIFT, TRY_IMAGES, enough=False)
+    first = choose(found, transformer=False)
+    assert (first.rate, first.keeps_statistics, first.relearns, first.tries_anew) == (5e-4, True, False, True)
+    assert "0.50 from the pretrained ones" in first.reason
+    second = anew(found)
+    assert (second.relearns, second.tries_anew) == (True, False)
+    assert "validation says which is kept" in second.reason
+    further = added(stage)
+    assert further == dataclasses.replace(stage, name="all anew")
+    run = chosen(further, second, head_rate=1e-3, transformer=False)
+    assert (run.batch_norm, run.new_head, run.learning_rate, run.layer_decay, run.epochs) == ("train", True, 1e-3, 1, 3)
+    for other in (
+        Findings(NEAR, FAR_SHIFT - 1e-3, TRY_IMAGES, enough=False),
+        Findings(FAR_PROBE - 1e-3, FAR_SHIFT, TRY_IMAGES, enough=False),
+        Findings(NEAR, None, TRY_IMAGES, enough=False),
+        Findings(NEAR, FAR_SHIFT, FAR_IMAGES),
+    ):
+        assert not choose(other, transformer=False).tries_anew
+
+
+def test_which_plans_may_get_a_further_stage():
+    plan = make_plan("auto").stages
+    probed = (dataclasses.replace(plan[0], solver="probe"), plan[1])
+    options = {"validates": True, "transformer": False}
+    assert may_add(probed, WORTH_A_TRY, **options).name == "all anew"
+    assert may_add(probed, ENOUGH, **options) is None
+    assert may_add(probed, WORTH_A_TRY, validates=False, transformer=False) is None
+    assert may_add((dataclasses.replace(plan[0], solver="gradient"), plan[1]), WORTH_A_TRY, **options) is None
+
+
+@pytest.mark.parametrize(("head_rate", "rate"), [(None, 1e-3), (2e-3, 2e-3)])
+def test_a_further_stage_written_out_is_run_as_it_was(head_rate, rate):
+    further = added(Stage("all", by_probe=True, epochs=3))
+    plan = StagePlan((written_out(further, head_rate=head_rate),))
+    (filled,) = fill_defaults(plan, transformer=False, head_rate=head_rate).stages
+    (stage,) = fill_defaults(StagePlan((further,)), transformer=False, head_rate=head_rate).stages
+    run = chosen(stage, anew(Findings(0.9, 0.6)), head_rate=rate, transformer=False)
+    assert filled == dataclasses.replace(run, by_probe=False)
+    assert filled.learning_rate == rate
 
 
 def test_a_stage_gets_what_was_chosen_and_keeps_what_was_given():

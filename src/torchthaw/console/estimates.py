@@ -17,14 +17,12 @@ class TimeLeft:
     pause; before the first one of a stage, those of the stage before are taken for as long.
 
     Args:
-        stages: Names of all stages of the run, in order.
         known: How long stages took before, such as in another fold; stages that are not in it are unknown before they
             run.
     """
 
-    stages: Sequence[str]
     known: Mapping[str, float] = field(default_factory=dict)
-    _stage: int = 0
+    _later: Sequence[str] = ()
     _steps_left: int = 0
     _per_epoch: float = 1.0
     _mark: float = 0.0
@@ -34,9 +32,16 @@ class TimeLeft:
     _is_first_step: bool = True
     _looked: float = 0.0
 
-    def start_stage(self, index: int, *, steps: int, epochs: float, now: float) -> None:
-        """Begins a stage, or goes on with it after an interruption, with `steps` and `epochs` left of it."""
-        self._stage, self._steps_left, self._mark, self._looked = index, steps, now, now
+    def start_stage(self, later: Sequence[str], *, steps: int, epochs: float, now: float) -> None:
+        """Begins a stage, or goes on with it after an interruption.
+
+        Args:
+            later: Names of the stages that come after it.
+            steps: What is left of it.
+            epochs: Likewise.
+            now: The time.
+        """
+        self._later, self._steps_left, self._mark, self._looked = later, steps, now, now
         self._per_epoch = max(1.0, steps / max(epochs, 1e-6))
         if self._pauses:
             self._usual_pause = sum(self._pauses) / len(self._pauses)
@@ -73,7 +78,6 @@ class TimeLeft:
     def of_run(self, now: float) -> float | None:
         """Returns the seconds left of all stages; None where one of them is unknown."""
         stage = self.of_stage(now)
-        rest = self.stages[self._stage + 1 :]
-        if stage is None or any(name not in self.known for name in rest):
+        if stage is None or any(name not in self.known for name in self._later):
             return None
-        return stage + sum(self.known[name] for name in rest)
+        return stage + sum(self.known[name] for name in self._later)

@@ -15,7 +15,7 @@ from torchthaw.console.estimates import TimeLeft
 from torchthaw.console.reporter import Reporter
 from torchthaw.console.run_bar import RunBar
 from torchthaw.console.text import metric_name
-from torchthaw.stages.plan import Stage, StagePlan
+from torchthaw.stages.plan import Stage
 from torchthaw.training.callbacks import StageCallback
 from torchthaw.training.records import StageRecord
 
@@ -50,7 +50,6 @@ class RunProgressCallback(StageCallback):
 
     Args:
         reporter: Where to.
-        plan: The run's plan.
         part: What the run is of a larger one.
         now: The clock, in seconds.
     """
@@ -58,12 +57,11 @@ class RunProgressCallback(StageCallback):
     def __init__(
         self,
         reporter: Reporter,
-        plan: StagePlan,
         part: RunPart | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._reporter, self._part, self._now = reporter, part or RunPart(), now
-        self._time_left = TimeLeft([stage.name for stage in plan.stages], dict(self._part.seconds))
+        self._time_left = TimeLeft(dict(self._part.seconds))
         self._bar = RunBar(part=self._part.name, seconds_left=self._seconds_left)
         self._losses: list[torch.Tensor] = []
         self._looked = -math.inf
@@ -92,11 +90,12 @@ class RunProgressCallback(StageCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any
     ) -> None:
         """Begins the stage's figures anew."""
-        index = state.stage_index  # type: ignore[attr-defined]
+        index, names = state.stage_index, state.stage_names  # type: ignore[attr-defined]
         first, steps, epochs = (getattr(state, name) for name in ("stage_start_step", "stage_steps", "stage_epochs"))
         left = steps - (state.global_step - first)
         self._mark = self._now()
-        self._time_left.start_stage(index, steps=left, epochs=epochs * left / max(1, steps), now=self._mark)
+        later = names[index + 1 :]
+        self._time_left.start_stage(later, steps=left, epochs=epochs * left / max(1, steps), now=self._mark)
         self._losses.clear()
         self._waited = self._stepping = 0.0
         self._bar.stage, self._bar.doing = stage.name, ""

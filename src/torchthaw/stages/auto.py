@@ -3,17 +3,18 @@
 A linear probe that tells held-out training images well says that the pretrained features serve for them as they are,
 so that large steps would rather spoil them; one that does not says that they have farther to go. And where activations
 have other statistics than in pretraining, a head fitted to features with the pretrained ones holds the backbone back:
-with images enough, of classes that are learned easily, BatchNorm learns their own, and the head anew along with it. The
-numbers were chosen on small sets of images with `tests/benchmarks/accuracy/run.py`; README says which, and what they
-came to there and on others.
+with images enough, of classes that are learned easily, BatchNorm learns their own, and the head anew along with it.
+With fewer images that is one more stage, and validation says whether it is kept. The numbers were chosen on small sets
+of images with `tests/benchmarks/accuracy/run.py`; README says which, and what they came to there and on others.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torchthaw.stages.freezing import SMALL_BATCH
-from torchthaw.stages.plan import Stage
-from torchthaw.stages.presets import family_defaults
+from torchthaw.stages.plan import Stage, StagePlan
+from torchthaw.stages.presets import family_defaults, fill_defaults
 
 # Macro F1 on held-out training images from which on they count as near to what the backbone was pretrained for.
 NEAR = 0.85
@@ -29,6 +30,10 @@ FAR_IMAGES = 500
 FAR_PROBE = 0.7
 # A new head and BatchNorm take their time: of drawn digits 150 steps were enough, 28 were not.
 FAR_STEPS = 100
+# From so many images, batches and steps on, and below those, both ways are tried.
+TRY_IMAGES = 200
+TRY_BATCH = 16
+TRY_STEPS = 50
 # Below so many images a stage that trains everything goes too far more often than not, and half of its way is better
 # than the probe and than all of it. From 200 to 400 images it was better or worse from set to set.
 FEW_IMAGES = 200
@@ -46,11 +51,13 @@ class Findings:
             nothing was held out.
         shift: Of BatchNorm's statistics; None where it was not measured.
         images: Number of training images; None where it is unknown.
+        enough: Whether images, batches and steps are enough for BatchNorm to learn new statistics for certain.
     """
 
     macro_f1: float | None
     shift: float | None = None
     images: int | None = None
+    enough: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Choice:
         keeps_statistics: Whether BatchNorm keeps the pretrained statistics, which the probe's head was fitted to,
             however many images there are.
         share: Of the stage's weights in what it proposes; the rest are those before it (WiSE-FT). None leaves it open.
+        tries_anew: Whether a further stage tries what `relearns` says, for validation to choose.
     """
 
     rate: float
@@ -71,24 +79,49 @@ class Choice:
     relearns: bool = False
     keeps_statistics: bool = False
     share: float | None = None
+    tries_anew: bool = False
 
 
-def shift_matters(
-    stage: Stage, *, macro_f1: float | None, images: int | None, batch_size: int, steps: int, transformer: bool
-) -> bool:
-    """Whether a shift of BatchNorm's statistics would change what is chosen for a stage.
+@dataclass(frozen=True)
+class Extent:
+    """What a stage has to learn from.
+
+    Attributes:
+        images: Number of training images; None when it is unknown.
+        batch_size: Images per device and step, over which BatchNorm takes its statistics.
+        steps: Length of the stage in optimizer steps.
+    """
+
+    images: int | None
+    batch_size: int
+    steps: int
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether BatchNorm can learn new statistics for certain."""
+        return self._reaches(FAR_IMAGES, SMALL_BATCH, FAR_STEPS)
+
+    @property
+    def is_worth_a_try(self) -> bool:
+        """Whether it may."""
+        return self._reaches(TRY_IMAGES, TRY_BATCH, TRY_STEPS)
+
+    def _reaches(self, images: int, batch_size: int, steps: int) -> bool:
+        known = self.images is not None and self.images >= images
+        return known and self.batch_size >= batch_size and self.steps >= steps
+
+
+def may_relearn(stage: Stage, extent: Extent, *, validates: bool, transformer: bool) -> bool:
+    """Whether BatchNorm and head may learn anew in a stage, or in one that is added, if its images are far.
 
     Args:
-        stage: One with `by_probe`.
-        macro_f1: Of the linear probe on held-out training images; None when there was none.
-        images: Number of training images; None when it is unknown.
-        batch_size: Images per device and step, over which BatchNorm would take its statistics.
-        steps: Length of the stage in optimizer steps.
+        stage: What the plan says; only one with `by_probe` may.
+        extent: What it has to learn from.
+        validates: Whether validation decides which stages are kept.
         transformer: Whether the backbone trains by the habits of vision transformers.
     """
-    enough = images is not None and images >= FAR_IMAGES and batch_size >= SMALL_BATCH and steps >= FAR_STEPS
-    easy = macro_f1 is not None and macro_f1 >= FAR_PROBE
-    return enough and easy and stage.batch_norm == "auto" and stage.unfreeze == "all" and not transformer
+    enough = extent.is_enough or (validates and extent.is_worth_a_try)
+    return enough and stage.by_probe and stage.batch_norm == "auto" and stage.unfreeze == "all" and not transformer
 
 
 def choose(found: Findings, *, transformer: bool) -> Choice:
@@ -105,17 +138,64 @@ def choose(found: Findings, *, transformer: bool) -> Choice:
     reason = f"the linear probe has macro F1 {found.macro_f1:.3f} on held-out images"
     if transformer:
         return Choice(family, f"{reason}; for transformers the family's defaults stand")
-    if found.shift is not None and found.shift >= FAR_SHIFT and found.macro_f1 >= FAR_PROBE:
-        far = f"BatchNorm's statistics are {found.shift:.2f} from the pretrained ones, {FAR_SHIFT:g} or more"
-        return Choice(FAR_RATE, f"{far}: BatchNorm trains, and the head anew", relearns=True)
+    is_far = found.shift is not None and found.shift >= FAR_SHIFT and found.macro_f1 >= FAR_PROBE
+    if is_far and found.enough:
+        return Choice(FAR_RATE, f"{_far(found)}: BatchNorm trains, and the head anew", relearns=True)
     if found.macro_f1 >= NEAR:
         rate, reason = NEAR_RATE, f"{reason}, {NEAR:g} or more: its features serve, so smaller steps"
     else:
         rate, reason = FARTHER_RATE, f"{reason}, below {NEAR:g}: its features have farther to go, so larger steps"
     if found.images is None or found.images >= FEW_IMAGES:
-        return Choice(rate, reason, keeps_statistics=True)
+        more = f"; {_far(found)}, so that a further stage has BatchNorm and a new head learn" if is_far else ""
+        return Choice(rate, reason + more, keeps_statistics=True, tries_anew=is_far)
     reason += f", and of fewer than {FEW_IMAGES} images {100 * FEW_SHARE:g} % of their way"
     return Choice(rate, reason, keeps_statistics=True, share=FEW_SHARE)
+
+
+def added(stage: Stage) -> Stage:
+    """Returns the stage that `Choice.tries_anew` asks for: as long as the one that it comes after."""
+    return dataclasses.replace(stage, name=f"{stage.name} anew")
+
+
+def may_add(stages: Sequence[Stage], extent: Extent, *, validates: bool, transformer: bool) -> Stage | None:
+    """Returns the stage that a plan may get after its last one, by what the probe finds; None if it gets none."""
+    last = stages[-1]
+    finds_out = any(stage.solver == "probe" for stage in stages)
+    may = may_relearn(last, extent, validates=validates, transformer=transformer)
+    return added(last) if finds_out and may and not extent.is_enough else None
+
+
+def sentence_on_added(name: str, steps: int) -> str:
+    """Returns what is said of such a stage before it is known whether it comes."""
+    return (
+        f"If the probe has macro F1 {FAR_PROBE:g} or more, and BatchNorm's statistics are {FAR_SHIFT:g} or more from "
+        f"the pretrained ones, BatchNorm and a new head learn in {steps} further steps, a stage {name!r}, of which "
+        "validation says whether it is kept."
+    )
+
+
+def written_out(stage: Stage, *, head_rate: float | None) -> Stage:
+    """Returns an added stage as a plan says it, for a run that has no probe to add it by.
+
+    Args:
+        stage: What `added` gives.
+        head_rate: The run's rate of a new head; None for the family's.
+    """
+    defaults = family_defaults(transformer=False)
+    (filled,) = fill_defaults(StagePlan((stage,)), transformer=False, head_rate=head_rate).stages
+    relearns = Choice(FAR_RATE, "as in the folds", relearns=True)
+    found = chosen(filled, relearns, head_rate=head_rate or defaults.head_rate, transformer=False)
+    return dataclasses.replace(found, by_probe=False)
+
+
+def anew(found: Findings) -> Choice:
+    """Returns how that stage is run, which begins with the best weights so far."""
+    reason = f"{_far(found)}: BatchNorm trains, and the head anew, and validation says which is kept"
+    return Choice(FAR_RATE, reason, relearns=True)
+
+
+def _far(found: Findings) -> str:
+    return f"BatchNorm's statistics are {found.shift:.2f} from the pretrained ones, {FAR_SHIFT:g} or more"
 
 
 def chosen(stage: Stage, choice: Choice, *, head_rate: float, transformer: bool) -> Stage:

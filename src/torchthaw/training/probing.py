@@ -50,33 +50,56 @@ class ProbingTrainer(MixingTrainer):
 
     # What a stage with `by_probe` does
 
+    def _stages(self) -> tuple[Stage, ...]:
+        """Returns the stages of the plan, and the one that the probe adds at its end."""
+        stages = super()._stages()
+        choice = self._choice_for(len(stages) - 1)
+        return (*stages, auto.added(stages[-1])) if choice is not None and choice.tries_anew else stages
+
     def _chosen(self, stage: Stage) -> Stage:
         """Returns a stage with what the linear probe before it speaks for."""
-        if self._progress.shift is None and self._wants_shift(stage):
+        if self._progress.shift is None and self._wants_shift():
             self._progress.shift = processes.on_main(self._measured_shift)
-        choice = self._choice(stage)
+            self._plan_added()
+        choice = self._choice()
         if choice is None:
             return stage
         rate = cast(float, self.args.learning_rate)
         return auto.chosen(stage, choice, head_rate=rate, transformer=self._is_transformer())
 
-    def _choice(self, stage: Stage | None) -> auto.Choice | None:
-        if stage is None or not stage.by_probe:
+    def _choice(self) -> auto.Choice | None:
+        """Returns what is chosen for the stage that runs."""
+        index, last = self._progress.stage_index, len(super()._stages()) - 1
+        return self._choice_for(index) if index <= last else auto.anew(self._findings(last))
+
+    def _choice_for(self, index: int) -> auto.Choice | None:
+        """Returns what is chosen for a stage of the plan."""
+        if not super()._stages()[index].by_probe:
             return None
+        return auto.choose(self._findings(index), transformer=self._is_transformer())
+
+    def _findings(self, index: int) -> auto.Findings:
         # Where the run has validation choose the share of each mixture, the rule for few images gives none.
         images = None if self.args.wise_ft else length_of(self._train_data)
-        found = auto.Findings(self._progress.probe_macro_f1, self._progress.shift, images)
-        return auto.choose(found, transformer=self._is_transformer())
+        shift = self._progress.shift if self._may_relearn(index) else None
+        return auto.Findings(self._progress.probe_macro_f1, shift, images, self._extent(index).is_enough)
 
-    def _wants_shift(self, stage: Stage) -> bool:
-        return stage.by_probe and auto.shift_matters(
-            stage,
-            macro_f1=self._progress.probe_macro_f1,
-            images=length_of(self._train_data),
-            batch_size=stage.batch_size or self.args.per_device_train_batch_size,
-            steps=self._planned_steps[self._progress.stage_index],
+    def _wants_shift(self) -> bool:
+        index, macro_f1 = self._progress.stage_index, self._progress.probe_macro_f1
+        is_planned = index < len(super()._stages())
+        return is_planned and macro_f1 is not None and macro_f1 >= auto.FAR_PROBE and self._may_relearn(index)
+
+    def _may_relearn(self, index: int) -> bool:
+        return auto.may_relearn(
+            super()._stages()[index],
+            self._extent(index),
+            validates=self.args.gate != "off" and self.args.eval_strategy != "no",
             transformer=self._is_transformer(),
         )
+
+    def _extent(self, index: int) -> auto.Extent:
+        batch_size = super()._stages()[index].batch_size or self.args.per_device_train_batch_size
+        return auto.Extent(length_of(self._train_data), batch_size, self._planned_steps[index])
 
     def _measured_shift(self) -> float | None:
         images = cast(ImageView, self._train_data).dataset
@@ -100,13 +123,13 @@ class ProbingTrainer(MixingTrainer):
 
     def _name_stage(self) -> None:
         super()._name_stage()
-        choice = self._choice(self.stage)
+        choice = self._choice()
         # Not a field of TrainerState, whose saved form other code reads back strictly.
         vars(self.state).update(stage_choice=None if choice is None else choice.reason)
 
     def _note_probe(self, record: StageRecord) -> None:
         """Writes into a stage's record what its probe found, or what an earlier one chose."""
-        choice = self._choice(self.stage)
+        choice = self._choice()
         record.probe = self._progress.probe
         record.chosen = None if choice is None else choice.reason
 

@@ -73,6 +73,16 @@ class StagePassTrainer(ValidatingTrainer):
                 lengths.append((steps, math.ceil(steps / per_epoch)))
         return [steps for steps, _ in lengths], [epochs for _, epochs in lengths]
 
+    def _stages(self) -> tuple[Stage, ...]:
+        """Returns the stages of this run, as far as they are known by now."""
+        return self.plan.stages
+
+    def _plan_added(self) -> None:
+        """Plans the length of stages that a run has beyond its plan: that of the plan's last one."""
+        for _ in self._stages()[len(self._planned_steps) :]:
+            self._planned_steps.append(self._planned_steps[-1])
+            self._planned_epochs.append(self._planned_epochs[-1])
+
     def _take_batch_size(self) -> None:
         if not self.args.auto_find_batch_size:
             self._train_batch_size = self.args.train_batch_size
@@ -95,6 +105,7 @@ class StagePassTrainer(ValidatingTrainer):
             stage_start_step=self._progress.stage_start_step,
             stage_steps=self._planned_steps[index],
             stage_epochs=self._planned_epochs[index],
+            stage_names=[stage.name for stage in self._stages()],
         )
 
     # Hooks into the loop

@@ -154,6 +154,7 @@ class StagedTrainer(SavingTrainer):
             )
         else:
             self._progress = Progress.load(checkpoint)
+            self._plan_added()
             if self.args.should_save:
                 remove_incomplete(self._run_folder, run_id=self._progress.run_id)
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -175,7 +176,7 @@ class StagedTrainer(SavingTrainer):
     def _run_stage(self, checkpoint: Path | None, options: dict[str, Any]) -> StageRecord | None:
         """Runs a stage, or what is left of it; returns None if it is to run again at lower rates."""
         progress = self._progress
-        stage = self._chosen(self.plan.stages[progress.stage_index])
+        stage = self._chosen(self._stages()[progress.stage_index])
         self.stage = stage.at_lower_rate(RETRY_FACTOR) if progress.lower_rates else stage
         self._resumed = checkpoint is not None and self.state.global_step > progress.stage_start_step
         failure = None
@@ -297,7 +298,7 @@ class StagedTrainer(SavingTrainer):
         """Makes the next stage the current one; returns False if the run is over."""
         progress = self._progress
         rejected = not record.accepted and self.args.on_reject == "stop"
-        if progress.run_over or rejected or progress.stage_index + 1 == len(self.plan.stages):
+        if progress.run_over or rejected or progress.stage_index + 1 == len(self._stages()):
             return False
         progress.start_stage(progress.stage_index + 1, step=self.state.global_step, epoch=math.ceil(self.state.epoch))
         return True

@@ -33,7 +33,8 @@ class MixingTrainer(AveragingTrainer):
             return ()
         if self.stage.wise_ft is not None:
             return () if self.stage.wise_ft == 1 else (self.stage.wise_ft,)
-        return ALPHAS if self.args.wise_ft else ()
+        # Another head is on no way from the one before.
+        return ALPHAS if self.args.wise_ft and not self.stage.new_head else ()
 
     def _mix(self, ignore_keys: list[str] | None) -> dict[str, Any] | None:
         """Makes the best mixture what the stage proposes; of equal ones that with the most of the stage's weights.
