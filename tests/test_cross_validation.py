@@ -537,6 +537,19 @@ def test_a_final_model_by_a_probe_chooses_again_whether_batch_norm_trains(in_fol
     assert (head.batch_norm, everything.batch_norm, everything.by_probe) == ("eval", in_the_end, True)
 
 
+@pytest.mark.parametrize("kept", [[True, False, True, False], [True, False, False, False]])
+def test_a_final_model_gets_the_stage_that_the_probe_added_in_half_of_the_folds(kept):
+    recipe = load_recipe({"backbone": "resnet18", "data": {"path": "photos"}, "cv": 4, "plan": "auto"})
+    said = votes(("head", [True] * 4, [1] * 4), ("all", [True] * 4, [5] * 4), ("all anew", kept, [3] * sum(kept)))
+    policies = {"head": "eval", "all": "eval", "all anew": "train"}
+    stages = final_recipe(recipe, said, policies, {}).stage_plan().stages
+    assert [stage.name for stage in stages] == ["head", "all", "all anew"][: 1 + 1 + (sum(kept) == 2)]
+    if sum(kept) == 2:
+        anew = stages[2]
+        assert (anew.new_head, anew.batch_norm, anew.by_probe, anew.epochs) == (True, "train", False, 3)
+        assert (anew.learning_rate, anew.layer_decay) == (1e-3, 1.0)
+
+
 def test_a_final_model_is_mixed_as_those_of_the_folds():
     """Though it has more images, of so many of which nothing would be mixed."""
     recipe = load_recipe({"backbone": "resnet18", "data": {"path": "photos"}, "cv": 4, "plan": "auto"})

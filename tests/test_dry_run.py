@@ -193,6 +193,23 @@ def test_a_linear_probe_and_what_it_chooses(run, make_image_folder):
         "The linear probe chooses the rates of all, and what BatchNorm does; shown is what stands without one."
         in stderr
     )
+    assert "all anew" not in stderr
+
+
+@pytest.mark.parametrize("gate", ["best", "off"])
+def test_a_stage_that_the_probe_may_add(run, make_image_folder, gate):
+    line = [*SMALL, "--data", make_image_folder(per_class=100), "--set", "plan=auto", "--set", f"gate={gate}"]
+    line += ["--set", "batch_size=16"]
+    code, stdout, stderr = run("staged", *line, "--json")
+    assert code == 0, stderr
+    document = json.loads(stdout)
+    steps = document["stages"][1]["steps"]
+    assert document["total_steps"] == 1 + steps
+    assert document["added_stage"] == ({"name": "all anew", "steps": steps} if gate == "best" else None)
+    _, _, stderr = run("staged", *line)
+    assert (f"BatchNorm and a new head learn in {steps} further steps, a stage 'all anew'" in stderr) is (
+        gate == "best"
+    )
 
 
 @pytest.mark.parametrize(

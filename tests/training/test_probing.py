@@ -168,6 +168,13 @@ def everything_is_far(monkeypatch):
         monkeypatch.setattr(auto, name, value)
 
 
+@pytest.fixture
+def both_ways_are_tried(everything_is_far, monkeypatch):
+    """Lets few images in small batches be worth a try, and no more."""
+    for name, value in {"FAR_IMAGES": 10_000, "FEW_IMAGES": 8, "TRY_IMAGES": 8, "TRY_BATCH": 8, "TRY_STEPS": 1}.items():
+        monkeypatch.setattr(auto, name, value)
+
+
 class Heads(StageCallback):
     """Keeps the weights of the head at the begin of each stage."""
 
@@ -214,6 +221,43 @@ def test_a_head_learned_anew_in_vain_gives_way_to_the_old_one(make, splits):
     assert not trainer.stage_records[1].accepted
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, after.weights[0][name]), name
+
+
+@pytest.mark.usefixtures("both_ways_are_tried")
+@pytest.mark.parametrize("min_gain", [0.0, 0.5])
+def test_of_fewer_far_images_validation_chooses(make, splits, min_gain):
+    after, heads = After(), Heads()
+    # Of shuffled labels hardly anything is learned, so that stages differ.
+    trainer = make(
+        [PROBE, ALL], gate="best", min_gain=min_gain, train=shuffled(splits["train"]), callbacks=[after, heads]
+    )
+    trainer.train()
+    _, everything, anew = trainer.stage_records
+    assert [(r.name, r.batch_norm) for r in (everything, anew)] == [("all", "eval"), ("all anew", "train")]
+    assert "a further stage has BatchNorm and a new head learn" in everything.chosen
+    assert "BatchNorm trains, and the head anew, and validation says which is kept" in anew.chosen
+    assert (after.stages[2].new_head, after.stages[2].layer_decay, anew.steps) == (True, 1.0, everything.steps)
+    assert heads.weights[2].std() == pytest.approx((3 * heads.weights[2].shape[1]) ** -0.5, rel=0.05)
+    assert trainer.state.global_step == trainer.state.max_steps == 1 + 2 * everything.steps
+    assert trainer.state.num_train_epochs == 5
+    kept = [index for index, record in enumerate(trainer.stage_records) if record.accepted][-1]
+    if min_gain:
+        assert kept == 0
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, after.weights[kept][name]), name
+
+
+@pytest.mark.usefixtures("both_ways_are_tried")
+def test_where_validation_decides_nothing_only_one_way_is_gone(make):
+    trainer = make([PROBE, ALL], gate="off")
+    trainer.train()
+    assert [(record.name, record.batch_norm) for record in trainer.stage_records] == [("head", "eval"), ("all", "eval")]
+
+
+@pytest.mark.usefixtures("both_ways_are_tried")
+@pytest.mark.parametrize(("event", "step"), [("on_save", 7), ("on_evaluate", 10), ("on_step_begin", 12)])
+def test_an_interrupted_run_that_tries_both_ways_goes_on_bit_for_bit(make, splits, event, step):
+    check_interrupted(make, shuffled(splits["train"]), event, step)
 
 
 def test_what_is_given_for_batch_norm_stands(make, everything_is_far):

@@ -80,8 +80,9 @@ class StagePassTrainer(ValidatingTrainer):
     def _plan_added(self) -> None:
         """Plans the length of stages that a run has beyond its plan: that of the plan's last one."""
         for _ in self._stages()[len(self._planned_steps) :]:
-            self._planned_steps.append(self._planned_steps[-1])
-            self._planned_epochs.append(self._planned_epochs[-1])
+            # New lists, since the plan's own lengths are what the run is known by.
+            self._planned_steps = [*self._planned_steps, self._planned_steps[-1]]
+            self._planned_epochs = [*self._planned_epochs, self._planned_epochs[-1]]
 
     def _take_batch_size(self) -> None:
         if not self.args.auto_find_batch_size:
