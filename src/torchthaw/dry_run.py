@@ -77,7 +77,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     added = auto.may_add(
         plan.stages,
         auto.Extent(fold_sizes[0]["train"], stages[-1]["batch_size"], stages[-1]["steps"]),
-        validates=arguments.gate != "off" and arguments.eval_strategy != "no",
+        validates=arguments.gate != "off",
         transformer=uses_transformer_recipe(recipe.backbone),
     )
     document: dict[str, Any] = {

@@ -122,7 +122,7 @@ def test_of_fewer_far_images_both_ways_are_tried():
     assert "0.50 from the pretrained ones" in first.reason
     second = anew(found)
     assert (second.relearns, second.tries_anew) == (True, False)
-    assert "validation says which is kept" in second.reason
+    assert "unless validation speaks against it" in second.reason
     further = added(stage)
     assert further == dataclasses.replace(stage, name="all anew")
     run = chosen(further, second, head_rate=1e-3, transformer=False)

@@ -78,6 +78,31 @@ def test_there_is_no_going_back_to_an_untrained_head():
     assert better == decide("best", comparison_of(0.75, 0.8))
 
 
+@pytest.mark.parametrize(
+    ("accepted", "after", "p_value", "options"),
+    [
+        (True, 0.91, 0.01, {}),
+        (True, 0.90, 1.0, {}),
+        (True, 0.89, 0.32, {}),
+        (False, 0.89, 0.31, {}),
+        (False, 0.89, None, {}),
+        (False, NAN, None, {}),
+        (False, NAN, 0.5, {}),
+        (False, 0.89, 0.5, {"min_gain": 0.01}),
+        (False, 0.89, 0.5, {"gate": "significant"}),
+        (True, 0.91, 0.32, {"greater_is_better": False}),
+        (False, 0.91, 0.31, {"greater_is_better": False}),
+    ],
+)
+def test_a_tolerant_gate_keeps_what_is_no_worse_by_more_than_one_standard_error(accepted, after, p_value, options):
+    gate = options.pop("gate", "best")
+    decision = decide(gate, comparison_of(0.9, after, p_value=p_value), tolerant=True, **options)
+    assert decision.accepted is accepted
+    assert ("not kept" in decision.reason) is not accepted
+    if accepted and after != 0.91:
+        assert "no worse by more than one standard error, kept" in decision.reason
+
+
 def test_the_reason_has_the_figures():
     reason = decide("best", replace(comparison_of(0.9281, 0.9477, p_value=0.25), interval=(-0.0065, 0.0392))).reason
     assert reason == (

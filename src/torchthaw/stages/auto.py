@@ -4,8 +4,8 @@ A linear probe that tells held-out training images well says that the pretrained
 so that large steps would rather spoil them; one that does not says that they have farther to go. And where activations
 have other statistics than in pretraining, a head fitted to features with the pretrained ones holds the backbone back:
 with images enough, of classes that are learned easily, BatchNorm learns their own, and the head anew along with it.
-With fewer images that is one more stage, and validation says whether it is kept. The numbers were chosen on small sets
-of images with `tests/benchmarks/accuracy/run.py`; README says which, and what they came to there and on others.
+With fewer images that is one more stage, kept unless validation speaks against it. The numbers were chosen on small
+sets of images with `tests/benchmarks/accuracy/run.py`; README says which, and what they came to there and on others.
 """
 
 import dataclasses
@@ -170,8 +170,8 @@ def sentence_on_added(name: str, steps: int) -> str:
     """Returns what is said of such a stage before it is known whether it comes."""
     return (
         f"If the probe has macro F1 {FAR_PROBE:g} or more, and BatchNorm's statistics are {FAR_SHIFT:g} or more from "
-        f"the pretrained ones, BatchNorm and a new head learn in {steps} further steps, a stage {name!r}, of which "
-        "validation says whether it is kept."
+        f"the pretrained ones, BatchNorm and a new head learn in {steps} further steps, a stage {name!r}; it is "
+        "kept unless validation speaks against it beyond one standard error."
     )
 
 
@@ -191,7 +191,7 @@ def written_out(stage: Stage, *, head_rate: float | None) -> Stage:
 
 def anew(found: Findings) -> Choice:
     """Returns how that stage is run, which begins with the best weights so far."""
-    reason = f"{_far(found)}: BatchNorm trains, and the head anew, and validation says which is kept"
+    reason = f"{_far(found)}: BatchNorm trains, and the head anew, and is kept unless validation speaks against it"
     return Choice(FAR_RATE, reason, relearns=True)
 
 

@@ -16,6 +16,8 @@ from torchthaw.training import label_set_comparison
 
 # Differences of this size are rounding: the same score from the same counts, summed in another order.
 ROUNDING = 1e-12
+# Two-sided p-value of a normal variate at one standard deviation.
+ONE_STANDARD_ERROR = math.erfc(math.sqrt(0.5))
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torchthaw.errors import PlanError, did_you_mean
-from torchthaw.training.comparison import ROUNDING, Comparison, figure
+from torchthaw.training.comparison import ONE_STANDARD_ERROR, ROUNDING, Comparison, figure
 
 GATES = ("best", "significant", "off")
 
@@ -38,6 +38,7 @@ def decide(
     greater_is_better: bool = True,
     alpha: float = 0.05,
     from_new_head: bool = False,
+    tolerant: bool = False,
 ) -> Decision:
     """Decides whether a stage is kept.
 
@@ -52,6 +53,9 @@ def decide(
         from_new_head: Whether the head was untrained before the stage and was trained in it. Such a stage is kept if
             only its metric is finite: with few validation images an untrained head may be right by chance, and to go
             back to it helps nobody.
+        tolerant: Whether "best", without a least gain, keeps a stage that is no worse by more than one standard error
+            too (the one standard error rule: Breiman et al., 1984): one that is known to be better more often than not,
+            of which few validation images could tell only by chance.
 
     Raises:
         PlanError: the gate is unknown.
@@ -61,6 +65,8 @@ def decide(
     if comparison is None:
         return Decision(True, "there was no validation before the stage to compare with: kept", None)
     accepted, verdict = _verdict(gate, comparison, min_gain, greater_is_better, alpha)
+    if tolerant and not accepted and gate == "best" and not min_gain and _is_within_one_standard_error(comparison):
+        accepted, verdict = True, "no worse by more than one standard error, kept"
     if not accepted and from_new_head and math.isfinite(comparison.after):
         accepted = True
         verdict = f"{verdict.removesuffix(', not kept')}, but kept, since the head was untrained before it"
@@ -88,6 +94,11 @@ def _verdict(
     if gate == "significant" and comparison.p_value is not None and comparison.p_value >= alpha:
         return False, f"better, but not beyond chance (p is not below {alpha:g}), not kept"
     return True, "better, kept"
+
+
+def _is_within_one_standard_error(comparison: Comparison) -> bool:
+    known = math.isfinite(comparison.after) and comparison.p_value is not None
+    return known and cast(float, comparison.p_value) >= ONE_STANDARD_ERROR
 
 
 def _figures(comparison: Comparison) -> str:

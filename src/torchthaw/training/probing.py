@@ -52,7 +52,7 @@ class ProbingTrainer(MixingTrainer):
 
     def _stages(self) -> tuple[Stage, ...]:
         """Returns the stages of the plan, and the one that the probe adds at its end."""
-        stages = super()._stages()
+        stages = self.plan.stages
         choice = self._choice_for(len(stages) - 1)
         return (*stages, auto.added(stages[-1])) if choice is not None and choice.tries_anew else stages
 
@@ -69,12 +69,13 @@ class ProbingTrainer(MixingTrainer):
 
     def _choice(self) -> auto.Choice | None:
         """Returns what is chosen for the stage that runs."""
-        index, last = self._progress.stage_index, len(super()._stages()) - 1
-        return self._choice_for(index) if index <= last else auto.anew(self._findings(last))
+        if self._is_added():
+            return auto.anew(self._findings(len(self.plan.stages) - 1))
+        return self._choice_for(self._progress.stage_index)
 
     def _choice_for(self, index: int) -> auto.Choice | None:
         """Returns what is chosen for a stage of the plan."""
-        if not super()._stages()[index].by_probe:
+        if not self.plan.stages[index].by_probe:
             return None
         return auto.choose(self._findings(index), transformer=self._is_transformer())
 
@@ -85,20 +86,21 @@ class ProbingTrainer(MixingTrainer):
         return auto.Findings(self._progress.probe_macro_f1, shift, images, self._extent(index).is_enough)
 
     def _wants_shift(self) -> bool:
-        index, macro_f1 = self._progress.stage_index, self._progress.probe_macro_f1
-        is_planned = index < len(super()._stages())
-        return is_planned and macro_f1 is not None and macro_f1 >= auto.FAR_PROBE and self._may_relearn(index)
+        macro_f1 = self._progress.probe_macro_f1
+        if macro_f1 is None or macro_f1 < auto.FAR_PROBE or self._is_added():
+            return False
+        return self._may_relearn(self._progress.stage_index)
 
     def _may_relearn(self, index: int) -> bool:
         return auto.may_relearn(
-            super()._stages()[index],
+            self.plan.stages[index],
             self._extent(index),
-            validates=self.args.gate != "off" and self.args.eval_strategy != "no",
+            validates=self.args.gate != "off",
             transformer=self._is_transformer(),
         )
 
     def _extent(self, index: int) -> auto.Extent:
-        batch_size = super()._stages()[index].batch_size or self.args.per_device_train_batch_size
+        batch_size = self.plan.stages[index].batch_size or self.args.per_device_train_batch_size
         return auto.Extent(length_of(self._train_data), batch_size, self._planned_steps[index])
 
     def _measured_shift(self) -> float | None:

@@ -27,6 +27,7 @@ def decide_stage(
     metric: str,
     trains_head: bool = True,
     failure: str | None = None,
+    tolerant: bool = False,
 ) -> Decision:
     """Compares the weights that a stage proposes with those before it, on the same validation images.
 
@@ -36,6 +37,7 @@ def decide_stage(
         metric: The selection metric, without the name of the validation set.
         trains_head: Whether the head is among what the stage trains.
         failure: Why the stage broke down, if it did.
+        tolerant: See `gate.decide`.
     """
     candidate = progress.candidate
     if candidate is None:
@@ -51,6 +53,7 @@ def decide_stage(
         min_gain=args.min_gain,
         greater_is_better=bool(args.greater_is_better),
         from_new_head=progress.head_is_new and trains_head,
+        tolerant=tolerant,
     )
 
 
@@ -80,6 +83,7 @@ def conclude(
     metric: str,
     clock: Clock,
     train_accuracy: dict[str, Any] | None = None,
+    tolerant: bool = False,
 ) -> StageRecord:
     """Ends a stage: decides on the main process, settles the weights on all, and appends the record.
 
@@ -97,9 +101,12 @@ def conclude(
         metric: The selection metric, without the name of the validation set.
         clock: Where the time went.
         train_accuracy: See `StageRecord`.
+        tolerant: See `gate.decide`.
     """
     trains_head = HEAD in frozen.live
-    decision = on_main(lambda: decide_stage(progress, args, metric=metric, trains_head=trains_head, failure=failure))
+    decision = on_main(
+        lambda: decide_stage(progress, args, metric=metric, trains_head=trains_head, failure=failure, tolerant=tolerant)
+    )
     candidate = progress.candidate
     if candidate is not None and candidate.weights is not None:
         put_back(model, candidate.weights)

@@ -77,6 +77,10 @@ class StagePassTrainer(ValidatingTrainer):
         """Returns the stages of this run, as far as they are known by now."""
         return self.plan.stages
 
+    def _is_added(self) -> bool:
+        """Whether the stage that runs is none of the plan."""
+        return self._progress.stage_index >= len(self.plan.stages)
+
     def _plan_added(self) -> None:
         """Plans the length of stages that a run has beyond its plan: that of the plan's last one."""
         for _ in self._stages()[len(self._planned_steps) :]:

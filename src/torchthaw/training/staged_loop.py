@@ -264,6 +264,7 @@ class StagedTrainer(SavingTrainer):
             images_per_step=self.get_total_train_batch_size(self.args), metric=self._metric_name(),
             clock=self._clock,
             train_accuracy=self._accuracy_on_training_images() if failure is None else None,
+            tolerant=self._is_added(),
         )  # fmt: skip
         record.average = self._describe_average()
         note_mixture(record, mixed)

@@ -14,13 +14,10 @@ from torchthaw.evaluation.multilabel_figures import log_loss
 from torchthaw.stages.low_rank import take_merged_snapshot, with_adapted_weights
 from torchthaw.training import processes
 from torchthaw.training.arguments import ThawTrainingArguments
-from torchthaw.training.comparison import Measured, compare
+from torchthaw.training.comparison import ONE_STANDARD_ERROR, Measured, compare
 from torchthaw.training.gradients import NonFiniteError
 from torchthaw.training.guarded_steps import GuardedTrainer
 from torchthaw.training.progress import Outcome, Progress
-
-# Two-sided p-value of a normal variate at one standard deviation.
-_ONE_STANDARD_ERROR = math.erfc(math.sqrt(0.5))
 
 
 class ValidatingTrainer(GuardedTrainer):
@@ -96,7 +93,7 @@ class ValidatingTrainer(GuardedTrainer):
         if before is not None and self._is_better(peak, before) and not self._is_better(new, before):
             return False
         p_value = compare(self._metric_name(), peak.measured, new.measured, seed=self.args.seed).p_value
-        return p_value is not None and p_value >= _ONE_STANDARD_ERROR
+        return p_value is not None and p_value >= ONE_STANDARD_ERROR
 
     def _is_better(self, new: Outcome, old: Outcome) -> bool:
         if self.args.greater_is_better:
