@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -207,11 +208,23 @@ def probe(folder, batch_size):
 
 def far(folder, batch_size):
     """Images count as far from those of pretraining, so that BatchNorm trains, and the head anew."""
-    found = {"FAR_IMAGES": 1, "FAR_STEPS": 1, "FAR_SHIFT": 0.0, "FAR_PROBE": 0.0, "SMALL_BATCH": 1}
+    with far_images(FAR_IMAGES=1, FAR_STEPS=1, SMALL_BATCH=1):
+        return staged(folder / f"far-{RANK}", batch_size, plan="auto", num_train_epochs=3, gate="off")
+
+
+def both_ways(folder, batch_size):
+    """Images count as far from those of pretraining, and as too few to learn BatchNorm's statistics for certain."""
+    with far_images(FEW_IMAGES=1, TRY_IMAGES=1, TRY_BATCH=1, TRY_STEPS=1):
+        return staged(folder / f"both-ways-{RANK}", batch_size, plan="auto", num_train_epochs=3, gate="best")
+
+
+@contextmanager
+def far_images(**found):
+    found = {"FAR_SHIFT": 0.0, "FAR_PROBE": 0.0, **found}
     usual = {name: getattr(auto, name) for name in found}
     vars(auto).update(found)
     try:
-        return staged(folder / f"far-{RANK}", batch_size, plan="auto", num_train_epochs=3, gate="off")
+        yield
     finally:
         vars(auto).update(usual)
 

@@ -78,8 +78,8 @@ def two(tmp_path_factory):
     """Two processes, that run many scenarios and are killed in the last one."""
     folder = tmp_path_factory.mktemp("two")
     scenarios = [
-        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "probe", "far", "own_heads",
-        "stream", "stream_read_by_each",
+        "plain", "batch_norm", "averaged", "weighted_draws", "pulled", "adapters", "probe", "far", "both_ways",
+        "own_heads", "stream", "stream_read_by_each",
         "change_weight", "change_frozen_weight", "freeze", "other_plan", "broken_image",
         "broken_image_settled_later", "missing_checkpoint",
         "synchronized_batch_norm", "stock_callback", "stock_second_train", "kill",
@@ -250,6 +250,14 @@ def test_far_images_are_far_in_all_processes(two, one):
     assert bit_equal(first["final"], second["final"])
     head = "backbone.fc.weight"
     assert largest_difference({head: first["weights"][0][head]}, {head: first["final"][head]}) > 0.01
+
+
+def test_both_ways_are_tried_in_all_processes(two):
+    first, second = two.good("both_ways")
+    assert [record["name"] for record in first["records"]] == ["head", "all", "all anew"]
+    assert [record["batch_norm"] for record in first["records"][1:]] == ["eval", "train"]
+    assert decisions(first) == decisions(second)
+    assert bit_equal(first["final"], second["final"])
 
 
 def test_low_rank_adapters_are_those_of_one_process(two, one):
