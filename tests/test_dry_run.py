@@ -198,7 +198,7 @@ def test_a_linear_probe_and_what_it_chooses(run, make_image_folder):
 
 @pytest.mark.parametrize("gate", ["best", "off"])
 def test_a_stage_that_the_probe_may_add(run, make_image_folder, gate):
-    line = [*SMALL, "--data", make_image_folder(per_class=100), "--set", "plan=auto", "--set", f"gate={gate}"]
+    line = [*SMALL, "--data", make_image_folder(per_class=152), "--set", "plan=auto", "--set", f"gate={gate}"]
     line += ["--set", "batch_size=16", "--set", "weights=builtin"]
     code, stdout, stderr = run("staged", *line, "--json")
     assert code == 0, stderr

@@ -14,7 +14,8 @@ from torchthaw.backbones.image_processing import TorchvisionImageProcessor
 from torchthaw.backbones.modeling import TorchvisionForImageClassification
 from torchthaw.console import Reporter
 from torchthaw.cross_validation import make_folds, prepare_images
-from torchthaw.data_preparation import selection_metric
+from torchthaw.data.class_balance import class_counts, label_bits
+from torchthaw.data_preparation import PreparedData, selection_metric
 from torchthaw.errors import WeightsError
 from torchthaw.plan_rows import RunSettings, plan_rows
 from torchthaw.preparation import check_model, training_arguments
@@ -76,7 +77,7 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     stages = planned[0]
     added = auto.may_add(
         plan.stages,
-        auto.Extent(fold_sizes[0]["train"], stages[-1]["batch_size"], stages[-1]["steps"]),
+        auto.Extent(fold_sizes[0]["train"], stages[-1]["batch_size"], stages[-1]["steps"], _label_bits(folds[0])),
         validates=arguments.gate != "off",
         transformer=uses_transformer_recipe(recipe.backbone),
     )
@@ -104,6 +105,12 @@ def dry_run(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
         }
     _print(document, plan, settings, reporter, balance.sentences(metric))
     return document
+
+
+def _label_bits(data: PreparedData) -> float | None:
+    if data.several_labels:
+        return None
+    return label_bits(class_counts(data.splits["train"]["label"], len(data.class_names)))
 
 
 def _settings(recipe: Recipe, num_images: int) -> RunSettings:

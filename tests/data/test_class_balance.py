@@ -5,12 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
 from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import WeightedRandomSampler
 
 from torchthaw import TorchvisionImageProcessor, load_image_dataset
 from torchthaw.data.augmentation import make_augmentation
-from torchthaw.data.class_balance import class_counts, class_probabilities, count_weights, imbalance_ratio
+from torchthaw.data.class_balance import class_counts, class_probabilities, count_weights, imbalance_ratio, label_bits
 from torchthaw.data.class_sampler import ClassSampler
 from torchthaw.data.views import ImageView
 
@@ -21,6 +22,13 @@ def test_counts_and_ratio():
     assert class_counts([0, 2, 2], 4).tolist() == [1, 0, 2, 0]
     assert imbalance_ratio(np.array([40, 8, 20])) == 5
     assert imbalance_ratio(np.array([40, 0])) == 40, "no images count as one"
+
+
+def test_what_labels_say():
+    counts = class_counts(LABELS, 5)
+    assert label_bits(counts) == pytest.approx(len(LABELS) * entropy(counts / len(LABELS), base=2))
+    assert label_bits(np.array([100, 100])) == pytest.approx(200)
+    assert label_bits(np.array([7, 0])) == label_bits(np.array([0, 0])) == 0
 
 
 def test_balanced_weights_are_those_of_scikit_learn():

@@ -171,7 +171,14 @@ def everything_is_far(monkeypatch):
 @pytest.fixture
 def both_ways_are_tried(everything_is_far, monkeypatch):
     """Lets few images in small batches be worth a try, and no more."""
-    for name, value in {"FAR_IMAGES": 10_000, "FEW_IMAGES": 8, "TRY_IMAGES": 8, "TRY_BATCH": 8, "TRY_STEPS": 1}.items():
+    for name, value in {
+        "FAR_IMAGES": 10_000,
+        "FEW_IMAGES": 8,
+        "TRY_IMAGES": 8,
+        "TRY_BITS": 50,
+        "TRY_BATCH": 8,
+        "TRY_STEPS": 1,
+    }.items():
         monkeypatch.setattr(auto, name, value)
 
 

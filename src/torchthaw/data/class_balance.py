@@ -16,6 +16,12 @@ def class_counts(labels: npt.ArrayLike, num_classes: int) -> npt.NDArray[np.int6
     return np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes)
 
 
+def label_bits(counts: npt.NDArray[np.int64]) -> float:
+    """Returns how much labels say, in bits: the number of images times the entropy of their classes."""
+    shares = counts[counts > 0] / max(1, counts.sum())
+    return float(-(shares * np.log2(shares)).sum() * counts.sum())
+
+
 def imbalance_ratio(counts: npt.NDArray[Any]) -> float:
     """Returns how many times the images of the smallest class the largest one has; no images count as one."""
     return float(counts.max() / max(1, counts.min()))

@@ -4,6 +4,7 @@ The methods of `Trainer` that are overridden here were read in transformers 5.24
 """
 
 import copy
+import functools
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from torchthaw.backbones.anatomy import uses_transformer_recipe
 from torchthaw.backbones.norm_shift import statistics_shift
 from torchthaw.data.caches.digests import image_digests
+from torchthaw.data.class_balance import class_counts, label_bits
 from torchthaw.data.probe_folds import joined_units, probe_folds
 from torchthaw.data.views import ImageView, collate
 from torchthaw.stages import auto
@@ -21,7 +23,7 @@ from torchthaw.stages.linear_probe import ProbeFit, fit_linear_probe
 from torchthaw.stages.param_groups import param_groups
 from torchthaw.stages.plan import Stage, StagePlan
 from torchthaw.training import processes
-from torchthaw.training.datasets import as_view, length_of
+from torchthaw.training.datasets import as_view, labels_of, length_of
 from torchthaw.training.probe_options import final_layer, settle_solvers
 from torchthaw.training.records import StageRecord
 from torchthaw.training.wise_ft import MixingTrainer
@@ -101,7 +103,13 @@ class ProbingTrainer(MixingTrainer):
 
     def _extent(self, index: int) -> auto.Extent:
         batch_size = self.plan.stages[index].batch_size or self.args.per_device_train_batch_size
-        return auto.Extent(length_of(self._train_data), batch_size, self._planned_steps[index])
+        return auto.Extent(length_of(self._train_data), batch_size, self._planned_steps[index], self._label_bits)
+
+    @functools.cached_property
+    def _label_bits(self) -> float | None:
+        several = self.model.config.several_labels
+        labels = None if several else labels_of(self._train_data, read=False)
+        return None if labels is None else label_bits(class_counts(labels, self.model.config.num_labels))
 
     def _measured_shift(self) -> float | None:
         images = cast(ImageView, self._train_data).dataset
