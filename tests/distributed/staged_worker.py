@@ -214,13 +214,13 @@ def far(folder, batch_size):
 
 def both_ways(folder, batch_size):
     """Images count as far from those of pretraining, and as too few to learn BatchNorm's statistics for certain."""
-    with far_images(FEW_IMAGES=1, TRY_IMAGES=1, TRY_BITS=1, TRY_BATCH=1, TRY_STEPS=1):
+    with far_images(FEW_IMAGES=1, TRY_IMAGES=1, TRY_BATCH=1, TRY_STEPS=1):
         return staged(folder / f"both-ways-{RANK}", batch_size, plan="auto", num_train_epochs=3, gate="best")
 
 
 @contextmanager
 def far_images(**found):
-    found = {"FAR_SHIFT": 0.0, "FAR_PROBE": 0.0, **found}
+    found = {"FAR_SHIFT": 0.0, "FAR_PROBE": 0.0, "FAR_BITS": 1, **found}
     usual = {name: getattr(auto, name) for name in found}
     vars(auto).update(found)
     try:

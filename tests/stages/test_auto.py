@@ -6,6 +6,7 @@ import pytest
 
 from torchthaw.errors import PlanError
 from torchthaw.stages.auto import (
+    FAR_BITS,
     FAR_IMAGES,
     FAR_PROBE,
     FAR_SHIFT,
@@ -13,7 +14,6 @@ from torchthaw.stages.auto import (
     FEW_IMAGES,
     NEAR,
     TRY_BATCH,
-    TRY_BITS,
     TRY_IMAGES,
     TRY_STEPS,
     Extent,
@@ -74,8 +74,8 @@ def test_far_images_that_the_probe_tells_badly_are_not_learned_anew():
     assert (choice.rate, choice.relearns, choice.keeps_statistics) == (1e-3, False, True)
 
 
-ENOUGH = Extent(FAR_IMAGES, 32, FAR_STEPS, TRY_BITS)
-WORTH_A_TRY = Extent(TRY_IMAGES, TRY_BATCH, TRY_STEPS, TRY_BITS)
+ENOUGH = Extent(FAR_IMAGES, 32, FAR_STEPS, FAR_BITS)
+WORTH_A_TRY = Extent(TRY_IMAGES, TRY_BATCH, TRY_STEPS, FAR_BITS)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ WORTH_A_TRY = Extent(TRY_IMAGES, TRY_BATCH, TRY_STEPS, TRY_BITS)
         (False, False, {"images": None}),
         (False, False, {"batch_size": TRY_BATCH - 1}),
         (False, False, {"steps": TRY_STEPS - 1}),
-        (True, False, {"label_bits": TRY_BITS - 1}),
-        (True, False, {"label_bits": None}),
+        (False, False, {"label_bits": FAR_BITS - 1}),
+        (False, False, {"label_bits": None}),
     ],
 )
 def test_how_much_there_is_to_learn_from(enough, worth_a_try, change):
@@ -105,7 +105,7 @@ def test_how_much_there_is_to_learn_from(enough, worth_a_try, change):
         (True, {"validates": False}),
         (True, {"extent": WORTH_A_TRY}),
         (False, {"extent": WORTH_A_TRY, "validates": False}),
-        (False, {"extent": Extent(TRY_IMAGES - 1, 32, FAR_STEPS, TRY_BITS)}),
+        (False, {"extent": Extent(TRY_IMAGES - 1, 32, FAR_STEPS, FAR_BITS)}),
         (False, {"transformer": True}),
         (False, {"stage": Stage("all")}),
         (False, {"stage": Stage("all", by_probe=True, batch_norm="eval")}),

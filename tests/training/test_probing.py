@@ -164,7 +164,14 @@ def test_later_stages_go_by_the_probe(make, splits):
 @pytest.fixture
 def everything_is_far(monkeypatch):
     """Lets few images in small batches count as far from those of pretraining."""
-    for name, value in {"FAR_IMAGES": 8, "FAR_STEPS": 1, "FAR_SHIFT": 0.0, "FAR_PROBE": 0.0, "SMALL_BATCH": 8}.items():
+    for name, value in {
+        "FAR_IMAGES": 8,
+        "FAR_STEPS": 1,
+        "FAR_SHIFT": 0.0,
+        "FAR_PROBE": 0.0,
+        "FAR_BITS": 1,
+        "SMALL_BATCH": 8,
+    }.items():
         monkeypatch.setattr(auto, name, value)
 
 
@@ -175,7 +182,6 @@ def both_ways_are_tried(everything_is_far, monkeypatch):
         "FAR_IMAGES": 10_000,
         "FEW_IMAGES": 8,
         "TRY_IMAGES": 8,
-        "TRY_BITS": 50,
         "TRY_BATCH": 8,
         "TRY_STEPS": 1,
     }.items():
