@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from narrow_networks import narrow
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -20,9 +21,10 @@ SMALL = {
 
 def model_of(architecture, size, **options):
     torch.manual_seed(0)
-    return TorchvisionForImageClassification.from_torchvision(
+    model = TorchvisionForImageClassification.from_torchvision(
         architecture, weights=None, id2label=["a", "b", "c"], image_size=size, **options
     )
+    return narrow(model)
 
 
 def freeze(model, live, **options):

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from narrow_networks import narrow
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -46,11 +47,7 @@ def new_model(architecture=SMALL, aux_logits=False, size=32, dtype=torch.float32
     """Returns a model whose BatchNorms do something: near the statistics of random images, random affine parameters."""
     torch.manual_seed(0)
     config = TorchvisionConfig(architecture=architecture, num_labels=3, aux_logits=aux_logits, dropout=None)
-    model = TorchvisionForImageClassification(config)
-    if architecture.startswith("vgg"):
-        # Its classifier has 120 million weights, which is not what is tested.
-        model.backbone.classifier[0] = nn.Linear(512 * 7 * 7, 8)
-        model.backbone.classifier[3] = nn.Linear(8, 4096)
+    model = narrow(TorchvisionForImageClassification(config))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
         for module in model.modules():

@@ -2,11 +2,10 @@
 
 import copy
 import functools
-import itertools
 
 import pytest
 import torch
-from torch import nn
+from narrow_networks import narrow
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainingArguments
 
@@ -51,14 +50,9 @@ def pristine(architecture, size, aux_logits=False):
     """A model with random weights, and BatchNorm statistics that suit them; the widest and deepest made smaller."""
     torch.manual_seed(0)
     config = TorchvisionConfig(architecture=architecture, num_labels=3, image_size=size, aux_logits=aux_logits)
-    model = TorchvisionForImageClassification(config)
-    backbone = model.backbone
-    if architecture == "alexnet":
-        backbone.classifier[1], backbone.classifier[4], backbone.classifier[6] = linear_layers(9216, 16, 16, 3)
-    if architecture == "vgg11_bn":
-        backbone.classifier[0], backbone.classifier[3], backbone.classifier[6] = linear_layers(25088, 16, 16, 3)
+    model = narrow(TorchvisionForImageClassification(config))
     if architecture == "vit_b_32":
-        backbone.encoder.layers = backbone.encoder.layers[:2]
+        model.backbone.encoder.layers = model.backbone.encoder.layers[:2]
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -68,10 +62,6 @@ def pristine(architecture, size, aux_logits=False):
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model
-
-
-def linear_layers(*widths):
-    return [nn.Linear(*pair) for pair in itertools.pairwise(widths)]
 
 
 def samples(size):
