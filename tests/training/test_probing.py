@@ -268,6 +268,14 @@ def test_where_validation_decides_nothing_only_one_way_is_gone(make):
 
 
 @pytest.mark.usefixtures("both_ways_are_tried")
+def test_a_plan_that_goes_on_after_the_stage_that_chooses_gets_no_further_one(make):
+    trainer = make([PROBE, ALL, Stage("more", 1, epochs=1, learning_rate=1e-4)], gate="best")
+    trainer.train()
+    assert [record.name for record in trainer.stage_records] == ["head", "all", "more"]
+    assert "further stage" not in trainer.stage_records[1].chosen
+
+
+@pytest.mark.usefixtures("both_ways_are_tried")
 @pytest.mark.parametrize(("event", "step"), [("on_save", 7), ("on_evaluate", 10), ("on_step_begin", 12)])
 def test_an_interrupted_run_that_tries_both_ways_goes_on_bit_for_bit(make, splits, event, step):
     check_interrupted(make, shuffled(splits["train"]), event, step)

@@ -95,7 +95,8 @@ class Stage:
             cross-validation among them (see `fit_linear_probe`), so that length, rates and schedule do not matter;
             `auto` by a probe where there can be one (see `probe_obstacle`), by gradient steps elsewhere.
         by_probe: Whether rates, BatchNorm and head are chosen by what the linear probe of an earlier stage found (see
-            `stages.auto`); not together with a `learning_rate`.
+            `stages.auto`), and after a plan's last stage, whether a further one comes; not together with a
+            `learning_rate`.
         new_head: Whether the stage begins with a new, random head instead of the one that earlier stages trained. Where
             the stage is not kept, that one stays.
         selection: Which of the stage's validated weights it proposes: the `best`, of equal ones the first; or `one_se`,

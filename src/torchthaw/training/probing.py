@@ -97,7 +97,8 @@ class ProbingTrainer(MixingTrainer):
         return auto.may_relearn(
             self.plan.stages[index],
             self._extent(index),
-            validates=self.args.gate != "off",
+            # A further stage comes after the plan's last one alone.
+            validates=self.args.gate != "off" and index == len(self.plan.stages) - 1,
             transformer=self._is_transformer(),
         )
 
