@@ -482,3 +482,27 @@ def test_processes_that_are_done_end_well(tmp_path):
     for _ in range(4):
         code, _, stderr = start(2, script)
         assert code == 0, stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are looked up in /proc")
+def test_no_thread_of_gloo_is_left_by_a_trainer_that_is_done(tmp_path):
+    """What wraps a model holds the group, and trainers refer to themselves, so that nothing ends with its last name."""
+    script = tmp_path / "done.py"
+    script.write_text(
+        "import atexit\n"
+        "from pathlib import Path\n"
+        "def threads():\n"
+        "    names = (Path(task, 'comm').read_text() for task in Path('/proc/self/task').iterdir())\n"
+        "    return sum('gloo' in name for name in names)\n"
+        "atexit.register(lambda: print(f'left {threads()}\\n', end='', flush=True))\n"
+        "import torch\n"
+        "from torchthaw.training import processes\n"
+        "processes.join()\n"
+        "model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))\n"
+        "model.itself = [model]\n"
+        "del model\n"
+        "assert threads() > 0\n"
+    )
+    code, stdout, stderr = start(2, script)
+    assert code == 0, stderr
+    assert stdout.split() == ["left", "0"] * 2

@@ -4,6 +4,7 @@ Every function but `is_distributed` and `is_main` must be called by all processe
 """
 
 import atexit
+import gc
 import os
 import pickle
 import sys
@@ -46,6 +47,8 @@ def leave_at_exit() -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Its threads end with the last reference, which a wrapped model has, and trainers refer to themselves.
+        gc.collect()
 
 
 @contextmanager
