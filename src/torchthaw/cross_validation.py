@@ -159,20 +159,16 @@ def final_recipe(
         shares: Likewise of the weights of stages in the mixtures with those before them (WiSE-FT).
 
     Returns:
-        The recipe with the stages that at least half of the folds kept, with one that the probe added there, each as
-        long as the median (rounded up) of its
-        best epochs, or steps where it is counted in steps, in the folds that kept it; the gate is off.
+        The recipe with the stages that at least half of the folds kept, one that the probe added there included, each
+        as long as the median (rounded up) of its best epochs, or steps where it is counted in steps, in the folds that
+        kept it; the gate is off.
 
     Raises:
         TrainingError: there is no such stage.
     """
     votes = {vote["name"]: vote for vote in stages}
     kept = []
-    planned = recipe.stage_plan().stages
-    added = auto.added(planned[-1])
-    if added.name in votes:
-        planned = (*planned, auto.written_out(added, head_rate=recipe.learning_rate))
-    for stage in planned:
+    for stage in auto.with_added(recipe.stage_plan().stages, set(votes), head_rate=recipe.learning_rate):
         vote = votes.get(stage.name)
         if vote is None or 2 * sum(vote["kept"]) < len(vote["kept"]):
             continue

@@ -25,7 +25,7 @@ from torchthaw.backbones.norm_shift import statistics_shift
 from torchthaw.data.views import ImageView
 from torchthaw.errors import PlanError, TrainingError
 from torchthaw.stages import auto
-from torchthaw.training import probe_options
+from torchthaw.training import gate, probe_options
 from torchthaw.training.callbacks import StageCallback
 from torchthaw.training.resume import has_checkpoint
 
@@ -258,6 +258,18 @@ def test_of_fewer_far_images_validation_chooses(make, splits, min_gain):
         assert kept == 0
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, after.weights[kept][name]), name
+
+
+@pytest.mark.usefixtures("both_ways_are_tried")
+def test_a_further_stage_need_not_be_better_and_the_others_must(make, monkeypatch):
+    monkeypatch.setattr(gate, "ONE_STANDARD_ERROR", 0.0)
+    # Classes that differ by colour are told by the probe already, so that no stage can be better.
+    trainer = make([PROBE, ALL], gate="best")
+    trainer.train()
+    _, everything, anew = trainer.stage_records
+    assert (everything.accepted, anew.accepted) == (False, True)
+    assert everything.comparison["before"] == anew.comparison["before"] == 1
+    assert "no worse by more than one standard error, kept" in anew.reason
 
 
 @pytest.mark.usefixtures("both_ways_are_tried")

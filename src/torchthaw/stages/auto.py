@@ -9,7 +9,7 @@ sets of images with `tests/benchmarks/accuracy/run.py`; README says which, and w
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torchthaw.stages.freezing import SMALL_BATCH
@@ -193,6 +193,12 @@ def written_out(stage: Stage, *, head_rate: float | None) -> Stage:
     relearns = Choice(FAR_RATE, "as in the folds", relearns=True)
     found = chosen(filled, relearns, head_rate=head_rate or defaults.head_rate, transformer=False)
     return dataclasses.replace(found, by_probe=False)
+
+
+def with_added(stages: Sequence[Stage], names: Collection[str], *, head_rate: float | None) -> tuple[Stage, ...]:
+    """Returns the stages of a plan and, written out, the one that a probe added in runs whose stages have `names`."""
+    further = added(stages[-1])
+    return (*stages, written_out(further, head_rate=head_rate)) if further.name in names else tuple(stages)
 
 
 def anew(found: Findings) -> Choice:
