@@ -391,6 +391,15 @@ def test_a_stage_that_was_not_kept_is_explained(run):
     assert "Stage head" not in text
 
 
+def test_a_stage_that_was_kept_without_being_better_is_explained(run):
+    stages = json.loads((run / "results.json").read_text())["stages"]
+    reason = "validation accuracy 0.8170 -> 0.8105: no worse by more than one standard error, kept"
+    further = stages[-1] | {"name": "all anew", "accepted": True, "reason": reason}
+    text = page(change(run, stages=[*stages, further])).text
+    assert f"Stage all anew, which the linear probe added, was kept without being better: {reason}." in text
+    assert text.count("without being better") == 1
+
+
 @pytest.mark.parametrize(
     ("imbalance", "said"),
     [
